@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs everything into .venv and runs the linter and all tests. Arguments go to pytest.
+EXTRA_REQUIREMENTS=tests/requirements.txt
+source "$(dirname "${BASH_SOURCE[0]}")/../install.sh"
+ruff check .
+ruff format --check .
+exec python -m pytest -q "$@"

@@ -1,0 +1,624 @@
+"""crl_deep.py: every formula, the environments and the replay, against hand-made values and brute force."""
+
+import copy
+import math
+from collections import deque
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+import crl_deep as crl
+from crl_deep import Args, MujocoEnvs, Replay, contrastive_loss, future_offset
+
+
+def small_args(**changes):
+    defaults = dict(
+        actor_width=16, critic_width=16, actor_depth=4, critic_depth=4, learning_rate=1e-3, batch_size=8,
+        num_envs=4, unroll_length=5, gradient_steps=2,
+    )  # fmt: skip
+    return Args(**(defaults | changes))
+
+
+def small_agent(seed=0, **changes):
+    torch.manual_seed(seed)
+    args = small_args(**changes)
+    agent = crl.Agent(4, 2, 2, args)
+    return agent, crl.make_optimizers(agent, args, torch.device("cpu")), args
+
+
+def random_batch(batch_size=8, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.rand(batch_size, dim, generator=generator) * 2 - 1 for dim in (4, 2, 2))
+
+
+# --- environments -----------------------------------------------------------------------------------------------------
+def cell_distances(rows):
+    """Breadth-first distances of all free cells from R."""
+    free = {(i, j) for i, row in enumerate(rows) for j, c in enumerate(row) if c != "1"}
+    start = next((i, j) for i, j in free if rows[i][j] == "R")
+    distance, queue = {start: 0}, deque([start])
+    while queue:
+        i, j = queue.popleft()
+        for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+            if cell in free and cell not in distance:
+                distance[cell] = distance[i, j] + 1
+                queue.append(cell)
+    return distance
+
+
+@pytest.mark.parametrize(
+    "layout, goals, nearest, furthest",
+    [
+        ("u", 6, 1, 6), ("u_eval", 3, 4, 6), ("u_single_eval", 1, 6, 6), ("u4", 10, 1, 10), ("u4_eval", 4, 7, 10),
+        ("u5", 16, 1, 16), ("u5_eval", 8, 9, 16), ("u5_single_eval", 1, 16, 16), ("big", 25, 1, 11),
+        ("big_eval", 9, 8, 11), ("hardest", 45, 1, 15), ("room", 24, 1, 4),
+    ],
+)  # fmt: skip
+def test_layouts_have_the_papers_goals(layout, goals, nearest, furthest):
+    rows = crl.LAYOUTS[layout].split()
+    assert len({len(row) for row in rows}) == 1
+    distances = cell_distances(rows)
+    found = [d for (i, j), d in distances.items() if rows[i][j] == "G"]
+    assert (len(found), min(found), max(found)) == (goals, nearest, furthest)
+    assert all(row[0] == row[-1] == "1" for row in rows) and set(rows[0]) == set(rows[-1]) == {"1"}
+
+
+def test_eval_layouts_have_the_walls_of_their_maze():
+    for name, layout in crl.LAYOUTS.items():
+        base = crl.LAYOUTS[name.split("_")[0]]
+        assert layout.replace("G", "0") == base.replace("G", "0"), name
+    assert crl.HUMANOID_BIG_EVAL.count("G") == crl.LAYOUTS["big_eval"].count("G") + 1
+
+
+def test_env_ids():
+    assert crl.parse_env_id("ant_u4_maze_eval") == ("ant", "u4_eval", ())
+    assert crl.parse_env_id("humanoid") == ("humanoid", None, ())
+    assert crl.parse_env_id("ant_u_maze_gen_1f2f3f") == ("ant", "u", (1, 2, 3))
+    for bad in ("ant_u9_maze", "ant_u_maze_gen_", "ant_u_maze_gen_9f", "ant_big_maze_gen_1f", "ant_u_maze_gen_x", "arm"):
+        with pytest.raises(ValueError, match="known: ant, ant_big_maze"):
+            crl.parse_env_id(bad)
+    assert crl.default_eval_env_id("ant_u4_maze") == "ant_u4_maze_eval"
+    assert crl.default_eval_env_id("ant_hardest_maze") == "ant_hardest_maze"
+    assert crl.default_eval_env_id("ant_u_maze_gen_1f2f3f") == "ant_u_maze_eval"
+    assert crl.default_eval_env_id("humanoid_big_maze") == "humanoid_big_maze_eval"
+
+
+def test_stitching_pairs_are_along_the_corridor():
+    path = crl.corridor("u")
+    assert path == [(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1)]
+    envs = MujocoEnvs("point_u_maze_gen_1f3f", 200, 10, (1, 0), 1)
+    envs.reset(np.ones(200, bool))
+    start = np.round(envs.state[:, :2] / 2).astype(int)
+    goal = np.round(envs.goal / 2).astype(int)
+    apart = [path.index(tuple(g)) - path.index(tuple(s)) for s, g in zip(start, goal, strict=True)]
+    assert set(apart) == {1, 3}
+    assert 60 < apart.count(1) < 140  # a distance is drawn first, then a pair of that distance
+
+
+@pytest.mark.parametrize("env_id", sorted(crl.known_env_ids()))
+def test_every_environment_builds_and_steps(env_id):
+    envs = MujocoEnvs(env_id, 2, 3, (1, 0), 1)
+    envs.reset(np.ones(2, bool))
+    robot = envs.robot
+    assert envs.state.shape == (2, robot.state_dim) and envs.goal.shape == (2, robot.goal_dim)
+    assert envs.model.nu == robot.action_dim
+    for _ in range(3):
+        done = envs.step(np.zeros((2, robot.action_dim), np.float32))
+    assert done.all() and np.isfinite(envs.state).all()  # the time limit
+    if env_id == "ant":
+        np.testing.assert_allclose(np.linalg.norm(envs.goal, axis=1), 10, rtol=1e-6)
+    if env_id == "humanoid":
+        assert (envs.goal[:, 2] == 1.25).all()
+        assert (np.linalg.norm(envs.goal[:, :2], axis=1) <= 5).all() and envs.control_dt == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize("env_id", ["point_u_maze", "ant_u4_maze", "humanoid_u_maze"])
+def test_steps_equal_a_plain_mujoco_loop(env_id):
+    envs = MujocoEnvs(env_id, 3, 100, (5, 0), 2)
+    envs.reset(np.ones(3, bool))
+    rng = np.random.default_rng(0)
+    nq, model = envs.nq, envs.model
+    data = mujoco.MjData(model)
+    for _ in range(12):
+        action = rng.uniform(-1, 1, (3, envs.robot.action_dim)).astype(np.float32)
+        before = envs.physics.copy()
+        envs.step(action)
+        for row in range(3):
+            data.qpos[:], data.qvel[:] = before[row, 1 : 1 + nq], before[row, 1 + nq :]
+            data.ctrl[:] = action[row] * model.actuator_ctrlrange[:, 1]
+            data.qacc_warmstart[:] = 0  # a rollout starts the solver afresh
+            for _ in range(envs.robot.frame_skip):
+                mujoco.mj_step(model, data)
+            np.testing.assert_array_equal(envs.physics[row, 1:], np.concatenate([data.qpos, data.qvel]))
+            np.testing.assert_array_equal(envs.state[row, : nq + model.nv], envs.physics[row, 1:].astype(np.float32))
+
+
+@pytest.mark.parametrize("after_reset", [True, False])
+def test_humanoid_observation_is_mujocos(after_reset):
+    """cinert, cvel and qfrc_actuator as gymnasium's Humanoid reads them, but of the state itself, without any lag."""
+    envs = MujocoEnvs("humanoid", 2, 100, (1, 0), 1)
+    envs.reset(np.ones(2, bool))
+    action = np.zeros((2, 17), np.float32)
+    if not after_reset:
+        action = np.random.default_rng(0).uniform(-1, 1, (2, 17)).astype(np.float32)
+        for _ in range(10):
+            envs.step(action)
+    data = mujoco.MjData(envs.model)
+    data.qpos[:], data.qvel[:] = envs.physics[1, 1 : 1 + envs.nq], envs.physics[1, 1 + envs.nq :]
+    data.ctrl[:] = 0.4 * action[1]
+    mujoco.mj_forward(envs.model, data)
+    expected = np.concatenate(
+        [data.qpos, data.qvel, data.cinert[1:].ravel(), data.cvel[1:].ravel(), data.qfrc_actuator[6:]]
+    )
+    np.testing.assert_allclose(envs.state[1], expected, rtol=2e-5, atol=2e-5)
+    assert np.abs(expected[-17:]).max() > 1 or after_reset
+
+
+def test_reset_touches_only_its_rows_and_depends_only_on_row_and_episode():
+    envs = MujocoEnvs("ant_big_maze", 8, 100, (3, 0), 1)
+    envs.reset(np.ones(8, bool))
+    for _ in range(4):
+        envs.step(np.full((8, 8), 0.3, np.float32))
+    before = copy.deepcopy(envs.state_dict())
+    mask = np.arange(8) == 5
+    envs.reset(mask)
+    after = envs.state_dict()
+    for name, value in after.items():
+        assert torch.equal(value[~mask], before[name][~mask]), name
+    assert not torch.equal(after["physics"][5], before["physics"][5]) and after["episode"][5] == 2
+    other = MujocoEnvs("ant_big_maze", 8, 100, (3, 0), 2)
+    for _ in range(2):
+        other.reset(mask)
+    assert torch.equal(other.state_dict()["physics"][5], after["physics"][5])
+
+
+def test_fixed_resets_repeat_the_first_start_and_goal():
+    for fixed in (True, False):
+        envs = MujocoEnvs("point_big_maze", 6, 10, (1, 0), 1, fixed_resets=fixed)
+        goals = []
+        for _ in range(3):
+            envs.reset(np.ones(6, bool))
+            goals.append((envs.goal.copy(), envs.physics.copy()))
+        assert fixed == all(np.array_equal(g, goals[0][0]) and np.array_equal(p, goals[0][1]) for g, p in goals)
+
+
+def test_falling_over_ends_the_episode():
+    envs = MujocoEnvs("ant", 3, 100, (1, 0), 1)
+    envs.reset(np.ones(3, bool))
+    envs.physics[1, 3] = 1.2  # the torso's height
+    done = envs.step(np.zeros((3, 8), np.float32))
+    assert done.tolist() == [False, True, False]
+
+
+def test_point_mass_dynamics_and_walls():
+    envs = MujocoEnvs("point_room", 1, 1000, (1, 0), 1)
+    envs.reset(np.ones(1, bool))
+    velocity = envs.state[0, 2:].copy()
+    envs.step(np.array([[1.0, 0.0]], np.float32))
+    np.testing.assert_allclose(envs.state[0, 2:] - velocity, [0.05 * 5 / 1.327, 0], rtol=1e-4, atol=1e-6)
+    for _ in range(200):
+        envs.step(np.array([[1.0, 0.3]], np.float32))
+    wall = 6 * 2 - 1  # the inner face of the wall cell in row 6
+    np.testing.assert_allclose(envs.state[0, :2], wall - 0.25, atol=0.05)  # slid along it into the corner
+
+
+class ScriptedEnvs:
+    """A fake with MujocoEnvs' interface: environment i is at its goal on every step and falls at step falls[i]."""
+
+    def __init__(self, falls, episode_length=10):
+        self.num_envs, self.falls, self.episode_length = len(falls), np.array(falls), episode_length
+        self.state, self.goal = np.zeros((len(falls), 4), np.float32), np.zeros((len(falls), 2), np.float32)
+        self.episode = np.zeros(len(falls), int)
+
+    def reset(self, mask):
+        self.steps, self.time_at_goal = np.zeros(self.num_envs, int), np.zeros(self.num_envs, int)
+
+    def step(self, action):
+        self.steps += 1
+        self.time_at_goal += 1
+        return (self.steps == self.falls) | (self.steps >= self.episode_length)
+
+    def distance(self):
+        return np.where(self.steps > self.falls, 99.0, 0.1)
+
+
+def test_time_at_goal_freezes_at_the_first_end():
+    agent, _, _ = small_agent()
+    metrics, record = crl.evaluate(agent, ScriptedEnvs([3, 99, 5]), 0, torch.device("cpu"), keep_record=True)
+    assert record["time_at_goal"].tolist() == [3, 10, 5]
+    assert metrics["eval/time_at_goal"] == metrics["eval/episodic_length"] == 6
+    assert metrics["eval/final_distance"] == pytest.approx(0.1)
+    assert record["alive"].sum(0).tolist() == [3, 10, 5]
+
+
+def test_evaluation_draws_nothing_and_picks_goals_by_its_number():
+    agent, _, _ = small_agent()
+    envs = MujocoEnvs("point_u_maze", 16, 5, (1, 1), 1)
+    rng = torch.get_rng_state()
+    first = crl.evaluate(agent, envs, 100, torch.device("cpu"))[1]["goal"]
+    other = crl.evaluate(agent, envs, 200, torch.device("cpu"))[1]["goal"]
+    again = crl.evaluate(agent, envs, 100, torch.device("cpu"))[1]["goal"]
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+def test_future_offset_by_hand_and_by_distribution():
+    # gamma 0.5, 3 steps remain: probabilities 4/7, 2/7, 1/7
+    uniform = torch.tensor([0.0, 0.57, 0.58, 0.85, 0.86, 0.999999], dtype=torch.float64)
+    assert future_offset(torch.full((6,), 3), uniform, 0.5).tolist() == [1, 1, 2, 2, 3, 3]
+    assert future_offset(torch.tensor([0, 1]), torch.tensor([0.3, 0.9], dtype=torch.float64), 0.99).tolist() == [0, 1]
+    torch.manual_seed(0)
+    n, draws = 40, 400_000
+    offset = future_offset(torch.full((draws,), n), torch.rand(draws, dtype=torch.float64), 0.95)
+    expected = 0.95 ** torch.arange(1, n + 1, dtype=torch.float64)
+    expected /= expected.sum()
+    counts = torch.bincount(offset, minlength=n + 1)
+    assert counts[0] == 0 and len(counts) == n + 1
+    deviation = (counts[1:] / draws - expected).abs() / (expected / draws).sqrt()
+    assert deviation.max() < 4.5  # standard errors
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_replay_never_leaves_an_episode(seed):
+    """Random episodes in a ring that wraps several times, against the full history kept in a list."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    capacity, num_envs, window = 23, 3, 7
+    replay = Replay(capacity, num_envs, 3, 1, 1, torch.device("cpu"))
+    episode = np.zeros(num_envs, int)
+    ends = {}  # (env, episode) -> time of its last step so far
+    for now in range(80):
+        # A state knows when and where it was seen: (time, env, episode)
+        state = torch.tensor([[now, i, episode[i]] for i in range(num_envs)], dtype=torch.float32)
+        replay.add(state, state[:, :1] + 0.5, torch.from_numpy(episode))
+        for i in range(num_envs):
+            ends[i, episode[i]] = now
+        episode = episode + (rng.random(num_envs) < 0.2)
+        if replay.size >= window and now % 5 == 0:
+            assert replay.size == min(now + 1, capacity)
+            anchors = (window - 1) * num_envs
+            time, env, goal_time = (x.flatten() for x in replay.sample(3, anchors // 3, window, 0.9))
+            state, action, goal = replay.gather(time, env, goal_time)
+            assert len({(int(t), int(e)) for t, e in zip(time, env, strict=True)}) == anchors  # no anchor twice
+            windows = {}
+            for i in range(num_envs):  # one window of consecutive steps per environment; its last step is no anchor
+                steps = state[state[:, 1] == i][:, 0].sort().values
+                windows[i] = int(steps[0]) + window - 1
+                assert torch.equal(steps, torch.arange(steps[0], windows[i]))
+            for s, a, g, g0 in zip(state, action, replay.state[goal_time, env], goal, strict=True):
+                i, last = int(s[1]), ends[int(s[1]), int(s[2])]
+                assert a[0] == s[0] + 0.5 and g0[0] == g[0]
+                assert s[1] == g[1] and s[2] == g[2]  # same environment, same episode
+                assert now - capacity < s[0] <= g[0] <= min(last, windows[i])
+                assert (g[0] == s[0]) == (s[0] == last)  # only an episode's last step is its own goal
+
+
+def test_replay_relabels_with_the_truncated_geometric_of_the_window():
+    torch.manual_seed(0)
+    replay = Replay(10, 1, 1, 1, 1, torch.device("cpu"))
+    for t in range(10):
+        replay.add(torch.tensor([[float(t)]]), torch.zeros(1, 1), torch.tensor([t // 5]))  # two episodes of 5 steps
+    counts = np.zeros((10, 10))
+    for _ in range(4000):
+        time, _, goal_time = replay.sample(1, 9, 10, 0.5)
+        np.add.at(counts, (time[0].numpy(), goal_time[0].numpy()), 1)
+    for anchor in range(9):
+        last = 4 if anchor < 5 else 9
+        weights = [0.5 ** (j - anchor) if anchor < j <= last else 0 for j in range(10)]
+        if anchor == last:
+            weights[anchor] = 1
+        expected = np.array(weights) / sum(weights)
+        np.testing.assert_allclose(counts[anchor] / counts[anchor].sum(), expected, atol=0.04)
+
+
+def test_batches_larger_than_one_window_take_more_windows():
+    torch.manual_seed(0)
+    replay = Replay(30, 2, 1, 1, 1, torch.device("cpu"))
+    for t in range(30):
+        replay.add(torch.full((2, 1), float(t)), torch.zeros(2, 1), torch.zeros(2))
+    assert replay.sample(5, 4, 11, 0.9)[0].shape == (5, 4)  # 20 anchors: one window of 10 anchors per environment
+    time, env, _ = replay.sample(5, 10, 11, 0.9)  # 50 anchors: three windows
+    assert time.shape == env.shape == (5, 10)
+
+
+def test_paper_counts():
+    args = crl.resolve_args(Args(env_id="ant_big_maze"))
+    per_unroll = args.num_envs * args.unroll_length
+    assert per_unroll == 31_744
+    assert math.ceil(args.learning_starts / per_unroll) == 17  # unrolls of prefill
+    assert args.eval_every // per_unroll == 31  # training steps per evaluation
+    anchors = (args.episode_length - 1) * args.num_envs
+    assert (anchors // args.batch_size, args.gradient_steps) == (999, 800)
+    assert (args.total_timesteps, args.width, args.learning_rate, args.gamma) == (100_000_000, 256, 3e-4, 0.99)
+    assert args.eval_env_id == "ant_big_maze_eval" and args.eval_episodes == 128
+    assert crl.resolve_args(Args(env_id="ant_hardest_maze")).total_timesteps == 200_000_000
+    for env_id in ("ant_u5_maze", "humanoid_u_maze", "humanoid_big_maze"):
+        assert crl.resolve_args(Args(env_id=env_id)).total_timesteps == 400_000_000
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+def test_depth_counts_the_dense_layers_inside_the_blocks():
+    def count(network):
+        return sum(isinstance(m, torch.nn.Linear) for m in network.modules())
+
+    assert count(crl.ResidualMLP(5, 3, 8, 64)) == 66
+    assert count(crl.Actor(5, 2, 3, 8, 64)) == 67
+    assert count(crl.ResidualMLP(5, 3, 8, 4)) == 6
+    for depth in (0, 6, -4):
+        with pytest.raises(ValueError, match="multiple of 4"):
+            crl.ResidualMLP(5, 3, 8, depth)
+
+
+def test_paper_sized_parameters():
+    depth, width, layer = 64, 256, 256 * 256 + 3 * 256  # weights, bias, LayerNorm's gain and bias
+    network = crl.ResidualMLP(37, 64, width, depth)
+    expected = (37 * 256 + 3 * 256) + depth * layer + (256 * 64 + 64)
+    assert sum(p.numel() for p in network.parameters()) == expected
+
+
+def test_initialisation():
+    network = crl.ResidualMLP(10, 4, 64, 8)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = module.in_features**-0.5
+            assert module.bias.abs().max() == 0
+            assert 0.95 * bound < module.weight.abs().max() <= bound
+        if isinstance(module, torch.nn.LayerNorm):
+            assert module.eps == 1e-6
+
+
+def test_residual_mlp_is_the_papers_formula():
+    torch.manual_seed(0)
+    network = crl.ResidualMLP(3, 2, 16, 8).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def hidden(dense, norm, h):
+        h = h @ dense.weight.T + dense.bias
+        h = (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        h = h * norm.weight + norm.bias
+        return h / (1 + (-h).exp())  # swish
+
+    h = hidden(network.stem[0], network.stem[1], x)
+    for block in network.blocks:
+        y = h
+        for k in range(4):
+            y = hidden(block.layers[3 * k], block.layers[3 * k + 1], y)
+        h = h + y
+    torch.testing.assert_close(network(x), h @ network.head.weight.T + network.head.bias)
+
+
+@pytest.mark.parametrize(
+    "option", [dict(residual=False), dict(norm="none"), dict(norm="hypersphere"), dict(activation="relu")]
+)
+def test_network_switches(option):
+    x = torch.randn(6, 3)
+    torch.manual_seed(0)
+    plain = crl.ResidualMLP(3, 2, 16, 4)
+    torch.manual_seed(0)
+    changed = crl.ResidualMLP(3, 2, 16, 4, **option)
+    assert torch.equal(plain.head.weight, changed.head.weight)
+    assert not torch.allclose(plain(x), changed(x))
+    block, h = changed.blocks[0], torch.randn(6, 16)
+    layers = block.layers(h)
+    if option == dict(residual=False):
+        assert torch.equal(block(h), layers)
+    else:
+        assert torch.equal(block(h), h + layers)
+    if option == dict(activation="relu"):
+        assert layers.min() == 0
+    if option == dict(norm="hypersphere"):
+        before_activation = changed.stem[1](changed.stem[0](x))
+        torch.testing.assert_close(before_activation.norm(dim=1), torch.full((6,), 4.0))
+
+
+def test_hypersphere_keeps_every_weight_row_at_norm_one():
+    agent, optimizers, args = small_agent(norm="hypersphere")
+    pointers = [p.data_ptr() for p in agent.parameters()]
+    for _ in range(3):
+        crl.update(agent, optimizers, random_batch(), args)
+    for module in agent.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.testing.assert_close(module.weight.norm(dim=1), torch.ones(module.out_features))
+    assert pointers == [p.data_ptr() for p in agent.parameters()]  # in place
+
+
+def test_actor_range_and_log_probability():
+    agent, _, _ = small_agent()
+    state, _, goal = random_batch(64)
+    mean, log_std = agent.actor(100 * state, goal)
+    assert (-5 <= log_std).all() and (log_std <= 2).all()
+    agent.actor.log_std_head.weight.data.mul_(1e4)
+    extreme = agent.actor(state, goal)[1]
+    assert extreme.min() == -5 and extreme.max() == 2
+    torch.manual_seed(3)
+    action, log_prob = crl.sample_action(mean, log_std)
+    torch.manual_seed(3)
+    u = mean + log_std.exp() * torch.randn_like(mean)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    expected = (normal.log_prob(u) - torch.log(1 - torch.tanh(u) ** 2 + 1e-6)).sum(-1)
+    torch.testing.assert_close(action, torch.tanh(u))
+    torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- losses and the update --------------------------------------------------------------------------------------------
+def reference_loss(phi, psi, coef, direction):
+    """Written out pair by pair, in float64."""
+    n = len(phi)
+    f = [[-math.dist(phi[i].tolist(), psi[j].tolist()) for j in range(n)] for i in range(n)]
+    row = [math.log(sum(math.exp(f[i][j]) for j in range(n))) for i in range(n)]
+    column = [math.log(sum(math.exp(f[i][j]) for i in range(n))) for j in range(n)]
+    forward = sum(row[i] - f[i][i] for i in range(n)) / n
+    backward = sum(column[i] - f[i][i] for i in range(n)) / n
+    nce = {"forward": forward, "backward": backward, "symmetric": forward + backward}[direction]
+    return nce + coef * sum((r + 1e-6) ** 2 for r in row) / n
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "symmetric"])
+def test_contrastive_loss(direction):
+    torch.manual_seed(0)
+    phi, psi = torch.randn(7, 5), torch.randn(7, 5)
+    loss, metrics = contrastive_loss(phi, psi, 0.1, direction)
+    assert loss.item() == pytest.approx(reference_loss(phi.double(), psi.double(), 0.1, direction), rel=1e-5)
+    distance = (phi[:, None] - psi[None]).norm(dim=-1)
+    off_diagonal = distance[~torch.eye(7, dtype=torch.bool)]
+    assert metrics["contrastive/logits_pos"].item() == pytest.approx(-distance.diagonal().mean().item(), rel=1e-5)
+    assert metrics["contrastive/logits_neg"].item() == pytest.approx(-off_diagonal.mean().item(), rel=1e-5)
+    hits = (distance.argmin(1) == torch.arange(7)).float().mean()
+    assert metrics["contrastive/categorical_accuracy"].item() == pytest.approx(hits.item())
+
+
+def test_contrastive_loss_by_hand():
+    phi, psi = torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0], [1.0]])  # distances 0 1 / 3 2
+    row = [math.log(1 + math.exp(-1)), math.log(math.exp(-3) + math.exp(-2))]
+    expected = ((row[0] - 0) + (row[1] + 2)) / 2 + 0.1 * (row[0] ** 2 + row[1] ** 2) / 2
+    assert contrastive_loss(phi, psi, 0.1)[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_loss_survives_equal_embeddings_and_is_exact_near_zero():
+    phi = (10 + torch.randn(6, 4)).requires_grad_()
+    psi = phi.detach().clone().requires_grad_()
+    loss, _ = contrastive_loss(phi, psi, 0.1)
+    loss.backward()
+    assert torch.isfinite(phi.grad).all() and torch.isfinite(psi.grad).all()
+    near = phi.detach() + 1e-4
+    _, metrics = contrastive_loss(phi.detach(), near, 0.1)
+    exact = -(phi.detach().double() - near.double()).norm(dim=1).mean()
+    assert metrics["contrastive/logits_pos"].item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+def test_update_takes_exactly_the_three_gradients():
+    """After an update every .grad is its own loss's gradient at the old weights: the actor's loss gives the encoders
+    none, the critic gives the actor none, and the actor used the temperature from before."""
+    agent, optimizers, args = small_agent()
+    with torch.no_grad():
+        agent.log_alpha.fill_(0.7)
+    old, batch = copy.deepcopy(agent), random_batch()
+    state, action, goal = batch
+    torch.manual_seed(11)
+    metrics = crl.update(agent, optimizers, batch, args)
+
+    torch.manual_seed(11)
+    new_action, log_prob = crl.sample_action(*old.actor(state, goal))
+    energy = -(old.phi(state, new_action) - old.psi(goal)).norm(dim=1)
+    actor_loss = (math.exp(0.7) * log_prob - energy).mean()
+    critic_loss, _ = contrastive_loss(old.phi(state, action), old.psi(goal), 0.1)
+    alpha_loss = old.log_alpha.exp() * (-log_prob.detach() + 0.5 * 2).mean()
+    encoders = [*old.state_action_encoder.parameters(), *old.goal_encoder.parameters()]
+    new_encoders = [*agent.state_action_encoder.parameters(), *agent.goal_encoder.parameters()]
+    for loss, parameters, updated in (
+        (actor_loss, list(old.actor.parameters()), list(agent.actor.parameters())),
+        (critic_loss, encoders, new_encoders),
+        (alpha_loss, [old.log_alpha], [agent.log_alpha]),
+    ):
+        for gradient, new in zip(torch.autograd.grad(loss, parameters, retain_graph=True), updated, strict=True):
+            torch.testing.assert_close(new.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert metrics["losses/actor"].item() == pytest.approx(actor_loss.item(), rel=1e-5)
+    assert metrics["losses/critic"].item() == pytest.approx(critic_loss.item(), rel=1e-5)
+    assert metrics["losses/alpha"].item() == pytest.approx(alpha_loss.item(), rel=1e-5)
+    assert not any(value.requires_grad for value in metrics.values())
+    assert all(not torch.equal(a, b) for a, b in zip(agent.parameters(), old.parameters(), strict=True) if a.dim() > 1)
+    assert all(p.requires_grad for p in agent.parameters())
+
+
+@pytest.mark.parametrize("entropy_coef, falls", [(50.0, True), (-50.0, False)])
+def test_temperature_falls_while_entropy_is_above_its_target(entropy_coef, falls):
+    agent, optimizers, args = small_agent(entropy_coef=entropy_coef)
+    crl.update(agent, optimizers, random_batch(), args)
+    assert (agent.log_alpha.item() < 0) == falls
+
+
+def test_learning_separates_pairs():
+    agent, optimizers, args = small_agent()
+    batch = random_batch(8)
+    first = crl.update(agent, optimizers, batch, args)
+    for _ in range(150):
+        last = crl.update(agent, optimizers, batch, args)
+    assert last["losses/critic"] < 0.5 * first["losses/critic"] and last["contrastive/categorical_accuracy"] == 1
+
+
+def test_amp_is_close_to_float32_and_sees_fresh_weights():
+    """bfloat16 networks, and no weight cast before an optimizer step is used after it."""
+    metrics = {}
+    for amp in (False, True):
+        agent, optimizers, args = small_agent(amp=amp, actor_depth=8, critic_depth=8, learning_rate=1e-2)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            metrics[amp] = crl.update(agent, optimizers, random_batch(8, seed % 3), args)
+        assert all(p.dtype == torch.float32 for p in agent.parameters())
+    assert metrics[True]["losses/critic"] != metrics[False]["losses/critic"]
+    assert metrics[True]["losses/critic"].item() == pytest.approx(metrics[False]["losses/critic"].item(), abs=0.5)
+
+
+def test_compile_equals_eager():
+    metrics = {}
+    for compile in (False, True):
+        agent, optimizers, args = small_agent()
+        if compile:
+            for block in [m for m in agent.modules() if isinstance(m, crl.ResidualBlock)]:
+                block.compile(dynamic=False)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            metrics[compile] = crl.update(agent, optimizers, random_batch(), args)
+    for name, value in metrics[False].items():
+        torch.testing.assert_close(metrics[True][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cudagraphs_equal_eager_and_draw_anew():
+    device = torch.device("cuda")
+    results, pointers = {}, {}
+    for captured in (False, True):
+        torch.manual_seed(0)
+        args = small_args(cudagraphs=captured)
+        agent = crl.Agent(4, 2, 2, args).to(device)
+        optimizers = crl.make_optimizers(agent, args, device)
+        batch = [x.to(device) for x in random_batch()]
+        before = [p.detach().clone() for p in agent.parameters()]
+        step = crl.update
+        if captured:
+            replay = crl.capture_update(agent, optimizers, batch, args)
+            assert all(torch.equal(p, b) for p, b in zip(agent.parameters(), before, strict=True))  # capture left no trace
+            pointers = [p.data_ptr() for p in agent.parameters()]
+        entropies = []
+        for _ in range(5):
+            metrics = replay(batch) if captured else step(agent, optimizers, batch, args)
+            entropies.append(metrics["losses/entropy"].item())
+        assert len(set(entropies)) == 5  # every replay draws its own noise
+        results[captured] = [p.detach().clone() for p in agent.parameters()]
+        if captured:
+            assert pointers == [p.data_ptr() for p in agent.parameters()]
+    for eager, graph in zip(results[False], results[True], strict=True):
+        torch.testing.assert_close(eager, graph, rtol=1e-3, atol=1e-4)
+
+
+# --- what to look at --------------------------------------------------------------------------------------------------
+def test_residual_norms_and_value_map_and_embeddings():
+    agent, _, _ = small_agent(actor_depth=8, critic_depth=12)
+    batch = random_batch()
+    norms = crl.residual_norms(agent, batch)
+    assert len(norms) == 2 + 3 + 3
+    hidden = agent.goal_encoder.stem(batch[2])
+    expected = (agent.goal_encoder.blocks[0](hidden) - hidden).norm(dim=1).mean()
+    torch.testing.assert_close(norms["residual/goal_encoder/block_000"], expected)
+
+    envs = MujocoEnvs("point_u_maze", 8, 6, (1, 1), 1)
+    _, record = crl.evaluate(agent, envs, 0, torch.device("cpu"), keep_record=True)
+    assert record["state"].shape == (6, 8, 4) and record["action"].shape == (6, 8, 2)
+    result = crl.value_map(agent, envs, torch.device("cpu"), points_per_cell=4)
+    assert result["values"].shape == (len(result["goals"]), 17, 17)
+    state = torch.from_numpy(envs.state[:1].copy())
+    state[0, :2] = torch.tensor([result["x"][3], result["y"][5]])
+    goal = torch.from_numpy(result["goals"][:1])
+    action = torch.tanh(agent.actor(state, goal)[0])
+    value = -(agent.phi(state, action) - agent.psi(goal)).norm()
+    assert result["values"][0, 3, 5] == pytest.approx(value.item(), rel=1e-4)
+
+    record["time_at_goal"] = np.array([0, 0, 0, 5, 0, 0, 0, 0])
+    saved = crl.embeddings(agent, record, torch.device("cpu"))
+    state, action = torch.from_numpy(record["state"][:, 3]), torch.from_numpy(record["action"][:, 3])
+    np.testing.assert_allclose(saved["phi"], agent.phi(state, action).detach(), rtol=1e-4, atol=1e-5)
+    assert saved["phi"].shape == (6, 64) and saved["distance"].shape == saved["time"].shape == (6,)
