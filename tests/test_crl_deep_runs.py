@@ -1,0 +1,299 @@
+"""crl_deep.py through its command line: real environments, resume, determinism, signals, full disks and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import crl_deep as crl
+
+SCRIPT = Path(crl.__file__)
+POINT = (
+    "--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 3 --batch-size 8 --width 16 "
+    "--learning-starts 80 --total-timesteps 600 --buffer-size 400 --eval-episodes 3 --eval-every 80 --num-threads 2"
+).split()
+ANT = ["--env-id", "ant_u_maze", *POINT]
+HUMANOID = ["--env-id", "humanoid", *POINT]
+
+
+def run(*flags):
+    return crl.train(crl.parse_args([str(flag) for flag in flags]))
+
+
+def checkpoint(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(a, b, where="checkpoint"):
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key != "walltime":
+                assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def scalars(run_dir):
+    """tag -> {global_step: value}, without the clocks."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    clocks = ("charts/SPS", "charts/gradient_steps_per_second", "charts/walltime")
+    return {t: {e.step: e.value for e in events.Scalars(t)} for t in events.Tags()["scalars"] if t not in clocks}
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+def test_a_run_through_the_command_line(tmp_path):
+    """As a user: the script alone, copied into an empty folder."""
+    shutil.copy(SCRIPT, tmp_path / "copied.py")
+    flags = [*POINT, "--exp-name", "first", "--save-model", "--save-value-map", "--save-embeddings"]
+    done = subprocess.run([sys.executable, "copied.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "time at goal" in done.stdout
+    (run_dir,) = Path("runs").iterdir()
+    assert run_dir.name.startswith("point_u_maze__first__1__")
+    description = json.loads((run_dir / "args.json").read_text())
+    assert description["args"]["actor_depth"] == 4 and description["args"]["eval_env_id"] == "point_u_maze_eval"
+    assert description["versions"]["torch"] == torch.__version__
+    files = {path.name for path in run_dir.iterdir() if not path.name.startswith("events")}
+    assert files == {
+        "args.json", "checkpoint.pt", "summary.json", "model.pt", "value_map.npz", "embeddings.npz",
+    }  # fmt: skip
+    logged = scalars(run_dir)
+    # 600 steps are 15 unrolls of 40; the first 2 fill the replay, evaluations come every 2 unrolls and at both ends
+    assert sorted(logged["eval/time_at_goal"]) == [0, 80, 160, 240, 320, 400, 480, 560, 600]
+    assert list(logged["charts/gradient_steps"].values()) == [0, 0, *range(3, 40, 3)]
+    assert list(logged["losses/critic"]) == list(range(120, 601, 40))
+    assert list(logged["charts/episodic_return"]) == list(range(80, 601, 80))  # an episode lasts 2 unrolls
+    assert set(logged["charts/episodic_length"].values()) == {20}
+    for tag in ("eval/success_any", "eval/final_distance", "losses/actor", "losses/alpha", "contrastive/logits_pos"):
+        assert all(np.isfinite(list(logged[tag].values()))), tag
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["global_step"], summary["gradient_steps"]) == (600, 39)
+    maps = np.load(run_dir / "value_map.npz")
+    assert maps["paths"].shape == (20, 3, 2) and maps["walls"].sum() == 18 and np.isfinite(maps["values"]).all()
+    weights = torch.load(run_dir / "model.pt", weights_only=True)
+    assert_same(dict(weights), dict(checkpoint(run_dir)["agent"]))
+
+
+@pytest.mark.parametrize("env_id", ["ant", "ant_u_maze_gen_1f2f3f", "humanoid", "humanoid_u_maze", "point_room"])
+def test_every_family_trains(env_id):
+    run_dir = run("--env-id", env_id, *POINT, "--depth", 8, "--log-residual-norms")
+    logged = scalars(run_dir)
+    assert all(np.isfinite(list(values.values())).all() for values in logged.values())
+    assert {"residual/actor/block_000", "residual/goal_encoder/block_001"} <= set(logged)
+
+
+def test_last_five_evaluations(monkeypatch):
+    monkeypatch.setattr(crl, "GOAL_RADIUS", 3.0)  # so large that untrained policies are sometimes inside
+    logged = scalars(run(*POINT, "--env-id", "point_room", "--eval-every", 40))
+    values, means = list(logged["eval/time_at_goal"].values()), list(logged["eval/time_at_goal_last5"].values())
+    assert len(set(values)) > 5
+    for i, mean in enumerate(means):
+        assert mean == pytest.approx(np.mean(values[max(0, i - 4) : i + 1]), rel=1e-5)
+
+
+# --- determinism and resume -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [POINT, ANT], ids=["point", "ant"])
+def test_same_seed_same_bits_other_seed_other_bits(flags):
+    first, second, other = run(*flags), run(*flags, "--num-threads", 1), run(*flags, "--seed", 2)
+    assert_same(checkpoint(first), checkpoint(second))
+    assert scalars(first) == scalars(second)
+    assert not torch.equal(checkpoint(first)["envs"]["physics"], checkpoint(other)["envs"]["physics"])
+
+
+@pytest.mark.parametrize("flags", [POINT, ANT, HUMANOID], ids=["point", "ant", "humanoid"])
+@pytest.mark.parametrize("buffer_size", [400, 10_000], ids=["wrapped", "growing"])
+def test_resume_is_bit_identical(flags, buffer_size):
+    """k steps, stop, --resume, N - k steps: same networks, Adam, replay, environments and logs as N steps at once."""
+    flags = [*flags, "--buffer-size", buffer_size, "--log-residual-norms"]
+    whole = run(*flags, "--total-timesteps", 1000)
+    part = run(*flags, "--total-timesteps", 520)
+    resumed = run("--resume", part, "--total-timesteps", 1000)
+    assert resumed == part
+    assert_same(checkpoint(whole), checkpoint(part))
+    expected, found = scalars(whole), scalars(part)
+    for tag, values in expected.items():
+        assert values.items() <= found[tag].items(), tag  # the part's last evaluation comes on top
+    assert json.loads((part / "args.json").read_text())["args"]["total_timesteps"] == 1000
+
+
+def test_resume_without_the_replay_refills_before_it_learns(capsys):
+    part = run(*POINT, "--no-checkpoint-replay")
+    assert checkpoint(part)["replay"] is None
+    resumed = run("--resume", part, "--total-timesteps", 840)
+    assert "the checkpoint holds no replay" in capsys.readouterr().out
+    logged = scalars(resumed)
+    assert [logged["charts/gradient_steps"][s] for s in range(600, 841, 40)] == [39, 39, 39, 42, 45, 48, 51]
+
+
+def test_resume_takes_flags_from_the_run_and_refuses_others(capsys):
+    part = run(*POINT, "--seed", 3, "--depth", 8)
+    args = crl.parse_args(["--resume", str(part), "--total-timesteps", "800", "--eval-episodes", "5"])
+    assert (args.seed, args.depth, args.total_timesteps, args.eval_episodes) == (3, 8, 800, 5)
+    for flags, message in (
+        (["--seed", "1"], "--seed 1: a resumed run keeps its own value, 3"),
+        (["--depth", "4"], "--depth 4: a resumed run keeps its own value, 8"),
+        (["--batch-size", "16"], "--batch-size 16: a resumed run keeps its own value, 8"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            crl.parse_args(["--resume", str(part), *flags])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    before = checkpoint(part)
+    with pytest.raises(SystemExit) as stopped:
+        run("--resume", part)
+    assert stopped.value.code == 2 and "has already taken 600" in capsys.readouterr().err
+    assert_same(before, checkpoint(part))
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+def start(*flags):
+    command = [sys.executable, str(SCRIPT), *POINT, "--total-timesteps", "10000000", "--buffer-size", "4000", *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signals_save_and_exit(number):
+    process = start("--checkpoint-every", "100000000")
+    wait_for(lambda: list(Path("runs").glob("*/events*")), process)
+    time.sleep(1.5)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    (run_dir,) = Path("runs").iterdir()
+    saved = checkpoint(run_dir)
+    assert saved["global_step"] > 0
+    resumed = run("--resume", run_dir, "--total-timesteps", saved["global_step"] + 80)
+    assert checkpoint(resumed)["global_step"] == saved["global_step"] + 80
+
+
+def test_killed_at_any_moment_leaves_a_whole_checkpoint():
+    rng = np.random.default_rng(0)
+    for attempt in range(3):
+        shutil.rmtree("runs", ignore_errors=True)
+        process = start("--checkpoint-every", "40")
+        wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")), process)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        (run_dir,) = Path("runs").iterdir()
+        saved = checkpoint(run_dir)
+        if attempt == 0:
+            run("--resume", run_dir, "--total-timesteps", saved["global_step"] + 40)
+
+
+def test_a_full_disk_keeps_the_old_file(capsys, monkeypatch):
+    Path("checkpoint.pt").write_text("old")
+
+    def save(content, file):
+        file.write(b"half a che")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit) as stopped:
+        crl.save_file(Path("checkpoint.pt"), {})
+    assert stopped.value.code == 1 and "No space left" in capsys.readouterr().err
+    assert Path("checkpoint.pt").read_text() == "old" and os.listdir() == ["checkpoint.pt"]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--env-id ant_u9_maze", "--env-id ant_u9_maze: unknown environment; known: point, point_room"),
+        ("--eval-env-id nothing", "--eval-env-id nothing: unknown environment"),
+        ("--eval-env-id ant_u_maze", "--eval-env-id ant_u_maze: must be the same robot as --env-id point_u_maze"),
+        ("--depth 6", "--depth 6: must be a multiple of 4"),
+        ("--critic-depth 10", "--critic-depth 10: must be a multiple of 4"),
+        ("--depth 0", "--depth 0: must be greater than 0"),
+        ("--width -1", "--width -1: must be greater than 0"),
+        ("--batch-size 0", "--batch-size 0: must be greater than 0"),
+        ("--num-envs -3", "--num-envs -3: must be greater than 0"),
+        ("--total-timesteps -5", "--total-timesteps -5: must be greater than 0"),
+        ("--eval-episodes 0", "--eval-episodes 0: must be greater than 0"),
+        ("--learning-rate 0", "--learning-rate 0.0: must be greater than 0"),
+        ("--gamma 1.0", "--gamma 1.0: must lie between 0 and 1"),
+        ("--seed -1", "--seed -1: must not be negative"),
+        ("--num-threads -2", "--num-threads -2: must not be negative"),
+        ("--buffer-size 5000", "--buffer-size 5000: must hold an episode of every environment, 19200 steps"),
+        ("--learning-starts 100", "--learning-starts 100: must lie between an episode of every environment, 19200"),
+        ("--learning-starts 600000", "--learning-starts 600000: must lie between"),
+        ("--total-timesteps 10000", "--total-timesteps 10000: must leave room to learn"),
+        ("--buffer-size 10000000000000 --total-timesteps 10000000000000", "cpu has"),
+        ("--depth 40000 --width 20000", "--depth 40000: the run needs about"),
+        ("--device mps", "--device mps: torch sees no such device here"),
+        ("--device cpu --cudagraphs", "--cudagraphs True: needs --device cuda, not cpu"),
+        ("--track", "--track : needs Weights & Biases"),
+        ("--resume nowhere", "--resume nowhere: is not a run folder"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as stopped:
+        run(*flags.split())
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert os.listdir() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no CUDA device")
+@pytest.mark.parametrize("flag", ["--device", "--buffer-device"])
+def test_missing_cuda(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(flag, "cuda")
+    assert stopped.value.code == 2 and f"{flag} cuda: torch sees no such device" in capsys.readouterr().err
+
+
+def test_resume_of_another_scripts_run(capsys):
+    part = run(*POINT)
+    description = json.loads((part / "args.json").read_text())
+    (part / "args.json").write_text(json.dumps(description | {"script": "drm"}))
+    with pytest.raises(SystemExit) as stopped:
+        run("--resume", part)
+    assert stopped.value.code == 2 and "is a run of another script (drm)" in capsys.readouterr().err
+
+
+def test_flags_that_need_no_run():
+    """torch_deterministic, amp and compile reach the run."""
+    run(*POINT, "--torch-deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
+    plain, amp = checkpoint(run(*POINT)), checkpoint(run(*POINT, "--amp"))
+    weights = "actor.trunk.head.weight"
+    assert not torch.equal(plain["agent"][weights], amp["agent"][weights])
+    torch.testing.assert_close(plain["agent"][weights], amp["agent"][weights], atol=0.2, rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--no-residual", "--norm none", "--norm hypersphere", "--activation relu", "--contrastive backward",
+     "--contrastive symmetric", "--gamma 0.9", "--logsumexp-coef 1", "--entropy-coef 2", "--repr-dim 8",
+     "--actor-depth 8", "--critic-depth 8", "--actor-width 8", "--critic-width 8", "--fixed-resets"],
+)  # fmt: skip
+def test_every_switch_changes_the_run(flag):
+    plain, switched = run(*POINT), run(*POINT, *flag.split())
+    a, b = scalars(plain)["losses/critic"], scalars(switched)["losses/critic"]
+    assert a.keys() == b.keys() and a != b
+    assert np.isfinite(list(b.values())).all()
