@@ -1,0 +1,62 @@
+# Sourced by every sweep:   SCALE=smoke|small|paper [JOBS=n] [EXTRA="more flags"] bash benchmark/<sweep>.sh [--dry-run]
+#   SCALE  smoke: a CPU, minutes, checks the plumbing only; small: one GPU, about an hour; paper: the paper's own size
+#   JOBS   runs side by side (default 1)        EXTRA  flags for every new run, for instance --cudagraphs
+#   OUT    folder of the figure and its CSV (default runs/figures)
+# A run that is finished is skipped, one that was cut off is resumed; each has a log under runs/logs/. The exit code is 1
+# when any run failed. --dry-run prints the commands.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+SCALE=${SCALE:-smoke} JOBS=${JOBS:-1} EXTRA=${EXTRA:-} OUT=${OUT:-runs/figures} DRY_RUN=""
+[ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
+name=$(basename "$0" .sh)
+case "${1:-}" in
+  "") ;;
+  --dry-run) DRY_RUN=1 ;;
+  *) echo "$name: error: unknown argument $1 (only --dry-run is known)" >&2; exit 2 ;;
+esac
+case "$SCALE" in
+  smoke | small | paper) ;;
+  *) echo "$name: error: SCALE=$SCALE is none of smoke, small, paper" >&2; exit 2 ;;
+esac
+failures=$(mktemp)
+trap 'rm -f "$failures"' EXIT
+
+# Tiny runs on the point mass, for SCALE=smoke
+SMOKE="--total-timesteps 40000 --eval-every 10000 --gradient-steps 10 --batch-size 64 --width 32 --eval-episodes 16"
+
+run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
+  local script=$1 env=$2 exp=$3 seed=$4 dir
+  local log="runs/logs/${env}__${exp}__${seed}.log"
+  shift 4
+  local command=(python "$script" --env-id "$env" --exp-name "$exp" --seed "$seed" "$@" $EXTRA)
+  for dir in runs/"$env"__"$exp"__"$seed"__*/; do
+    if [ -e "${dir}summary.json" ]; then
+      echo "finished: $dir"
+      return
+    elif [ -e "${dir}checkpoint.pt" ]; then
+      command=(python "$script" --resume "$dir")
+    fi
+  done
+  echo "${command[*]}"
+  [ -z "$DRY_RUN" ] || return 0
+  mkdir -p runs/logs
+  while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
+  { "${command[@]}" >>"$log" 2>&1 || { echo "FAILED: see $log" | tee -a "$failures" >&2; }; } &
+}
+
+sweep() { # sweep SCRIPT NAME "ENV_IDS" "SEEDS" [flags ...] < variants, one a line: EXP_NAME_SUFFIX flags ...
+  local script=$1 exp=$2 envs=$3 seeds=$4 env seed suffix variant
+  shift 4
+  while read -r suffix variant; do
+    for env in $envs; do
+      for seed in $seeds; do run "$script" "$env" "$exp-$SCALE-$suffix" "$seed" "$@" $variant; done
+    done
+  done
+}
+
+draw() { # draw SCRIPT [arguments ...]: waits for the runs, then makes the figure and its CSV, $OUT/<sweep>_<scale>
+  wait
+  echo python "$@" --out "$OUT/${name}_$SCALE"
+  [ -n "$DRY_RUN" ] || python "$@" --out "$OUT/${name}_$SCALE"
+  [ ! -s "$failures" ] || { echo "$name: $(wc -l <"$failures") runs failed" >&2; exit 1; }
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Fig. 16: no LayerNorm, and ReLU instead of Swish, over depth.
+# Expect, at paper scale: both much worse, the more so the deeper. Paper: 3 seeds.
+source "$(dirname "$0")/common.sh"
+
+case $SCALE in
+  smoke) seeds=1 envs=point_u_maze depths="4 8" flags=$SMOKE ;;
+  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
+  paper) seeds="1 2 3" envs="humanoid ant_big_maze" depths="4 8 16 32 64" flags="" ;;
+esac
+sweep crl_deep.py fig16 "$envs" "$seeds" $flags < <(
+  for depth in $depths; do
+    echo "d$depth-full --depth $depth"
+    echo "d$depth-nonorm --depth $depth --norm none"
+    echo "d$depth-relu --depth $depth --activation relu"
+  done
+)
+draw benchmark/plot_crl_deep.py fig16 --runs "fig16-$SCALE-*"

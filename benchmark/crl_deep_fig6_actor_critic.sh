@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Fig. 6: the actor's depth times the critic's, on the final time at goal.
+# Expect, at paper scale: both help; in Ant Big Maze the actor more, in Humanoid the critic. Paper: 3 seeds.
+source "$(dirname "$0")/common.sh"
+
+case $SCALE in
+  smoke) seeds=1 envs=point_u_maze depths="4 8" flags=$SMOKE ;;
+  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
+  paper) seeds="1 2 3" envs="humanoid ant_big_maze" depths="4 8 16 32 64" flags="" ;;
+esac
+sweep crl_deep.py fig6 "$envs" "$seeds" $flags < <(
+  for actor in $depths; do
+    for critic in $depths; do echo "a$actor-c$critic --actor-depth $actor --critic-depth $critic"; done
+  done
+)
+draw benchmark/plot_crl_deep.py fig6 --runs "fig6-$SCALE-*"

@@ -1,0 +1,105 @@
+"""What every plotting script needs: runs read from their TensorBoard events, means with confidence bands, files."""
+
+import csv
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+                     "figure.dpi": 120, "savefig.bbox": "tight", "font.size": 9})  # fmt: skip
+
+
+@dataclass
+class Run:
+    folder: Path
+    args: dict
+    action_repeat: int
+    events: EventAccumulator
+
+    def series(self, tag: str) -> tuple:
+        """Steps (points,) in frames = agent steps x action repeat, and values (points,); empty where never logged."""
+        if tag not in self.events.Tags()["scalars"]:
+            return np.zeros(0), np.zeros(0)
+        points = {event.step: event.value for event in self.events.Scalars(tag)}  # a resumed run may repeat steps
+        steps = np.array(sorted(points))
+        return steps * self.action_repeat, np.array([points[step] for step in steps])
+
+
+def load_runs(pattern: str, folder: str = "runs") -> list:
+    """All runs whose --exp-name matches the shell pattern, sorted by environment, name and seed.
+
+    SystemExit where there is none. A run that is not finished counts too, as far as it got.
+    """
+    runs = []
+    for path in sorted(Path(folder).glob("*/args.json")):
+        description = json.loads(path.read_text())
+        if fnmatch(description["args"]["exp_name"], pattern):
+            events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0})
+            events.Reload()
+            runs.append(Run(path.parent, description["args"], description["action_repeat"], events))
+    if not runs:
+        raise SystemExit(f"error: no run under {folder}/ has an --exp-name that matches {pattern}")
+    return sorted(runs, key=lambda run: (run.args["env_id"], run.args["exp_name"], run.args["seed"]))
+
+
+def group(runs: list, key) -> dict:
+    """key(run) -> the runs with that key, in order of the keys."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return dict(sorted(groups.items()))
+
+
+def mean_and_band(values: np.ndarray) -> tuple:
+    """values (seeds, points) -> mean, low, high (points,): the mean and its 95% bootstrap confidence interval over
+    seeds; with a single seed all three are the same."""
+    rng = np.random.default_rng(0)
+    resampled = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    return values.mean(0), *np.percentile(resampled, [2.5, 97.5], axis=0)
+
+
+def aligned(runs: list, tag: str) -> tuple:
+    """One tag of several seeds on the first run's steps, up to the end of the shortest -> steps, (seeds, points)."""
+    series = [run.series(tag) for run in runs]
+    series = [(x, y) for x, y in series if len(x)]
+    if not series:
+        return np.zeros(0), np.zeros((1, 0))
+    end = min(x[-1] for x, _ in series)
+    steps = series[0][0][series[0][0] <= end]
+    return steps, np.stack([np.interp(steps, x, y) for x, y in series])
+
+
+def seeds_text(groups) -> str:
+    """"n seeds", or "n to m seeds", for a caption."""
+    counts = sorted({len(runs) for runs in groups})
+    return f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+
+
+def panels(count: int, width: float = 3.4, height: float = 2.8) -> tuple:
+    """A figure with `count` panels in rows of at most four -> figure, list of axes."""
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def save(figure, rows: list, out: str) -> None:
+    """Writes <out>.png, and the numbers behind it as <out>.csv (a list of dicts with the same keys)."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(f"{out}.png")
+    with open(f"{out}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float | np.floating) else v for k, v in row.items()})
+    print(f"wrote {out}.png and {out}.csv")
