@@ -21,8 +21,8 @@ esac
 failures=$(mktemp)
 trap 'rm -f "$failures"' EXIT
 
-# Tiny runs on the point mass, for SCALE=smoke
-SMOKE="--total-timesteps 40000 --eval-every 10000 --gradient-steps 10 --batch-size 64 --width 32 --eval-episodes 16"
+# Tiny runs of the point mass, for SCALE=smoke (in the room they learn a little)
+SMOKE="--total-timesteps 60000 --eval-every 10000 --batch-size 128 --width 32 --eval-episodes 32"
 
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
   local script=$1 env=$2 exp=$3 seed=$4 dir

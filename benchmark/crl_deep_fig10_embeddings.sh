@@ -4,7 +4,7 @@
 source "$(dirname "$0")/common.sh"
 
 case $SCALE in
-  smoke) seeds=1 envs=point_u_maze depths="4 8" flags=$SMOKE ;;
+  smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;
   small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
   paper) seeds=1 envs=humanoid depths="4 64" flags="" ;;
 esac

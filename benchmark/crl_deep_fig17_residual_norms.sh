@@ -4,7 +4,7 @@
 source "$(dirname "$0")/common.sh"
 
 case $SCALE in
-  smoke) seeds=1 envs=point_u_maze depths="8 16" flags=$SMOKE ;;
+  smoke) seeds=1 envs=point_room depths="8 16" flags=$SMOKE ;;
   small) seeds=1 envs=humanoid depths="32 64" flags="--total-timesteps 5000000" ;;
   paper) seeds=1 envs=humanoid depths="32 64 128 256" flags="" ;;
 esac
