@@ -42,7 +42,6 @@ import re
 import signal
 import sys
 import time
-from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -852,14 +851,14 @@ def train(args: Args) -> Path:
     replay = Replay(capacity, args.num_envs, dims[0], dims[2], dims[1], torch.device(args.buffer_device))
     steps_per_unroll = args.num_envs * args.unroll_length
     global_step = gradient_steps = 0
-    walltime, eval_history = 0.0, deque(maxlen=5)
+    walltime, eval_history = 0.0, {}
 
     if args.resume:
         run_dir = Path(args.resume)
         saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         global_step, gradient_steps = saved["global_step"], saved["gradient_steps"]
         if global_step + steps_per_unroll > args.total_timesteps:
-            refuse("total_timesteps", args.total_timesteps, f"the run in {run_dir} has already taken {global_step}")
+            print(f"{run_dir} has already taken {global_step} steps; --total-timesteps makes it go on")
         agent.load_state_dict(saved["agent"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -868,7 +867,7 @@ def train(args: Args) -> Path:
             print(f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on")
         else:
             replay.load_state_dict(saved["replay"])
-        walltime, eval_history = saved["walltime"], deque(saved["eval_history"], maxlen=5)
+        walltime, eval_history = saved["walltime"], saved["eval_history"]
         torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
@@ -899,14 +898,25 @@ def train(args: Args) -> Path:
         for tag, value in metrics.items():
             writer.add_scalar(tag, float(value), global_step)
 
-    def run_evaluation(scheduled=True, keep_record=False):
+    def is_due(every):  # whether something that happens every so many env steps, in whole training steps, is due now
+        return global_step // steps_per_unroll % max(1, every // steps_per_unroll) == 0
+
+    def run_evaluation(keep_record=False):
         metrics, record = evaluate(agent, eval_envs, global_step, device, keep_record)
-        recent = [*eval_history, metrics["eval/time_at_goal"]][-5:]
-        metrics["eval/time_at_goal_last5"] = sum(recent) / len(recent)
-        if scheduled:  # an extra evaluation, where a run was stopped, must not change later means
-            eval_history.append(metrics["eval/time_at_goal"])
-        log(metrics)
+        history = eval_history | {global_step: metrics["eval/time_at_goal"]}
+        if is_due(args.eval_every):  # an extra evaluation, at the end of a run that is then resumed, must not count
+            eval_history.update(history)
+        log(metrics | {"eval/time_at_goal_last5": np.mean(list(history.values())[-5:])})
         return metrics, record
+
+    def save_checkpoint():
+        writer.flush()
+        cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
+        save_file(run_dir / "checkpoint.pt", dict(
+            agent=agent.state_dict(), optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
+            envs=envs.state_dict(), replay=replay.state_dict() if args.checkpoint_replay else None,
+            global_step=global_step, gradient_steps=gradient_steps, eval_history=eval_history,
+            walltime=walltime + time.time() - start_time, rng=torch.get_rng_state(), cuda_rng=cuda_rng))  # fmt: skip
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, request_stop)
@@ -954,27 +964,20 @@ def train(args: Args) -> Path:
             log({"charts/episodic_return": np.mean(returns), "charts/episodic_length": np.mean(lengths)})
             bar.set_postfix(time_at_goal=f"{np.mean(returns):.1f}")
         bar.update(steps_per_unroll)
-        unrolls, finished = global_step // steps_per_unroll, global_step + steps_per_unroll > args.total_timesteps
-        scheduled = unrolls % max(1, args.eval_every // steps_per_unroll) == 0
-        if scheduled or finished:
-            eval_metrics, record = run_evaluation(scheduled, keep_record=finished)
-            if args.log_residual_norms and learning:
-                log(residual_norms(agent, batch))
-        if stop or finished or unrolls % max(1, args.checkpoint_every // steps_per_unroll) == 0:
-            checkpoint = dict(
-                agent=agent.state_dict(), optimizers=[o.state_dict()["state"] for o in optimizers],
-                envs=envs.state_dict(), replay=replay.state_dict() if args.checkpoint_replay else None,
-                global_step=global_step, gradient_steps=gradient_steps, eval_history=list(eval_history),
-                walltime=walltime + time.time() - start_time, rng=torch.get_rng_state(),
-                cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None)  # fmt: skip
-            writer.flush()
-            save_file(run_dir / "checkpoint.pt", checkpoint)
+        if args.log_residual_norms and learning and is_due(args.eval_every):
+            log(residual_norms(agent, batch))
+        if is_due(args.eval_every) and global_step + steps_per_unroll <= args.total_timesteps:
+            run_evaluation()
+        if stop or is_due(args.checkpoint_every):
+            save_checkpoint()
         if stop:
             writer.close()
             raise SystemExit(128 + stop[0])
 
-    bar.close()
+    metrics, record = run_evaluation(keep_record=True)
+    save_checkpoint()
     writer.close()
+    bar.close()
     if args.save_value_map:
         paths = dict(paths=record["state"][..., : dims[1]]) | {k: record[k] for k in ("alive", "goal", "time_at_goal")}
         save_file(run_dir / "value_map.npz", value_map(agent, eval_envs, record["state"][0, 0], device) | paths)
@@ -983,9 +986,9 @@ def train(args: Args) -> Path:
     if args.save_model:
         save_file(run_dir / "model.pt", agent.state_dict())
     summary = dict(global_step=global_step, gradient_steps=gradient_steps, walltime=walltime + time.time() - start_time)
-    save_file(run_dir / "summary.json", summary | eval_metrics)
-    print(f"{run_dir}: success {eval_metrics['eval/success_any']:.2f}, time at goal, mean of the last 5 evaluations, "
-          f"{eval_metrics['eval/time_at_goal_last5']:.1f} of {args.episode_length} steps")
+    save_file(run_dir / "summary.json", summary | metrics)
+    print(f"{run_dir}: reached {metrics['eval/success_any']:.0%} of the goals and spent "
+          f"{metrics['eval/time_at_goal']:.0f} of {args.episode_length} steps there")  # fmt: skip
     return run_dir
 
 

@@ -63,7 +63,7 @@ def test_a_run_through_the_command_line(tmp_path):
     flags = [*POINT, "--exp-name", "first", "--save-model", "--save-value-map", "--save-embeddings"]
     done = subprocess.run([sys.executable, "copied.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "time at goal" in done.stdout
+    assert "of the goals" in done.stdout
     (run_dir,) = Path("runs").iterdir()
     assert run_dir.name.startswith("point_u_maze__first__1__")
     description = json.loads((run_dir / "args.json").read_text())
@@ -153,11 +153,20 @@ def test_resume_takes_flags_from_the_run_and_refuses_others(capsys):
         with pytest.raises(SystemExit) as stopped:
             crl.parse_args(["--resume", str(part), *flags])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
-    before = checkpoint(part)
-    with pytest.raises(SystemExit) as stopped:
-        run("--resume", part)
-    assert stopped.value.code == 2 and "has already taken 600" in capsys.readouterr().err
+
+
+def test_resume_of_a_finished_run_only_finishes_it(capsys):
+    """As after a kill between the last checkpoint and the summary."""
+    part = run(*POINT, "--save-value-map")
+    before, summary = checkpoint(part), json.loads((part / "summary.json").read_text())
+    for name in ("summary.json", "value_map.npz"):
+        (part / name).unlink()
+    run("--resume", part)
+    assert "has already taken 600 steps" in capsys.readouterr().out
     assert_same(before, checkpoint(part))
+    again = json.loads((part / "summary.json").read_text())
+    assert {k: v for k, v in again.items() if k != "walltime"} == {k: v for k, v in summary.items() if k != "walltime"}
+    assert (part / "value_map.npz").exists()
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
