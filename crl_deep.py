@@ -843,7 +843,8 @@ def train(args: Args) -> Path:
     agent = Agent(*dims, args).to(device)
     if args.norm == "hypersphere":
         project_weights(agent)
-    if args.compile:
+    if args.compile:  # once per width, batch size and kind of gradient
+        torch._dynamo.config.recompile_limit = 32
         for block in [m for m in agent.modules() if isinstance(m, ResidualBlock)]:
             block.compile(dynamic=False)
     optimizers = make_optimizers(agent, args, device)

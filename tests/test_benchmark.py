@@ -1,0 +1,109 @@
+"""Reading runs, confidence bands, and one sweep from the command to the picture."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+import plot_crl_deep  # noqa: E402
+import plotting  # noqa: E402
+
+
+def write_run(name, seed, values, tag="eval/time_at_goal_last5", every=10, **changes):
+    """A fake finished run under runs/ with one logged tag."""
+    folder = Path("runs") / f"point_room__{name}__{seed}__0"
+    writer = SummaryWriter(str(folder))
+    for i, value in enumerate(values):
+        writer.add_scalar(tag, value, i * every)
+    writer.close()
+    args = dict(env_id="point_room", exp_name=name, seed=seed, critic_depth=4, residual=True, norm="layer")
+    description = dict(script="crl_deep", action_repeat=changes.pop("action_repeat", 1), args=args | changes)
+    (folder / "args.json").write_text(json.dumps(description))
+
+
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_mean_and_band():
+    mean, low, high = plotting.mean_and_band(np.array([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]]))
+    assert mean.tolist() == [3, 5] and low[1] == high[1] == 5
+    assert 1 <= low[0] < 2 and 4.5 < high[0] <= 6
+    one = plotting.mean_and_band(np.array([[4.0]]))
+    assert [x.tolist() for x in one] == [[4], [4], [4]]
+
+
+def test_series_are_in_frames_and_aligned_to_the_shortest_run():
+    write_run("a", 1, [0, 1, 2, 3], action_repeat=2)
+    write_run("a", 2, [2, 3, 4], action_repeat=2)
+    write_run("other", 1, [9])
+    runs = plotting.load_runs("a")
+    assert [run.args["seed"] for run in runs] == [1, 2]
+    steps, values = plotting.aligned(runs, "eval/time_at_goal_last5")
+    assert steps.tolist() == [0, 20, 40] and values.tolist() == [[0, 1, 2], [2, 3, 4]]
+    assert plotting.aligned(runs, "no/such_tag")[1].shape == (1, 0)
+    with pytest.raises(SystemExit, match="no run under runs/ has an --exp-name that matches nothing"):
+        plotting.load_runs("nothing")
+
+
+def test_table_2_counts_steps_to_a_score():
+    write_run("t", 1, [0, 150, 300, 500], every=1_000_000)
+    write_run("t", 2, [0, 250, 300, 300], every=1_000_000)
+    plot_crl_deep.steps_to_score(plotting.load_runs("t"), "out")
+    (row,) = read_csv("out.csv")
+    assert (row["M steps to 200"], row["M steps to 400"], row["M steps to 600"]) == ("1", "3", "-")
+    assert row["seeds"] == "2" and Path("out.png").stat().st_size > 1000
+
+
+def test_final_scores_by_depth_and_variant():
+    for depth, residual, score in ((4, True, 10), (8, True, 20), (4, False, 5), (8, False, 1)):
+        write_run(f"f-{depth}-{residual}", 1, [0, score], critic_depth=depth, residual=residual)
+    runs = plotting.load_runs("f-*")
+    plot_crl_deep.finals(runs, "out", plot_crl_deep.depth_of, lambda run: str(run.args["residual"]), "depth")
+    rows = {(row["series"], row["x"]): float(row["mean"]) for row in read_csv("out.csv")}
+    assert rows == {("True", "4"): 10, ("True", "8"): 20, ("False", "4"): 5, ("False", "8"): 1}
+
+
+def test_a_sweep_from_command_to_picture(tmp_path):
+    """Runs two trainings, draws, skips what is finished, resumes what was cut off, and fails when a run fails."""
+    shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("results"))
+    shutil.copy(ROOT / "crl_deep.py", tmp_path)
+    common = tmp_path / "benchmark" / "common.sh"
+    tiny = (
+        'SMOKE="--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 2 --batch-size 8 --width 16 '
+        '--learning-starts 80 --total-timesteps 400 --buffer-size 400 --eval-episodes 3 --eval-every 80"\n'
+    )
+    lines = [tiny if line.startswith("SMOKE=") else line for line in common.read_text().splitlines(keepends=True)]
+    common.write_text("".join(lines))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "SCALE": "smoke", "JOBS": "2"}
+
+    def sweep():
+        command = ["bash", "benchmark/crl_deep_fig9_value_map.sh"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    first = sweep()
+    assert first.returncode == 0, first.stderr
+    figure = tmp_path / "runs" / "figures" / "crl_deep_fig9_value_map_smoke"
+    assert figure.with_suffix(".png").stat().st_size > 5000
+    assert {row["depth"] for row in read_csv(figure.with_suffix(".csv"))} == {"4", "8"}
+    assert sweep().stdout.count("finished: runs/") == 2
+
+    (cut_off,) = tmp_path.glob("runs/*d8*/summary.json")
+    cut_off.unlink()
+    (broken,) = tmp_path.glob("runs/*d4*/summary.json")
+    broken.unlink()
+    (broken.parent / "checkpoint.pt").write_text("no checkpoint")
+    again = sweep()
+    assert again.returncode == 1 and "1 runs failed" in again.stderr and "--resume" in again.stdout
+    assert cut_off.exists() and not broken.exists()

@@ -1,0 +1,83 @@
+"""Rules that hold for every script and every sweep of the repository."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+SWEEPS = sorted(path for path in (ROOT / "benchmark").glob("*_*.sh"))
+IMPORT_NAMES = {"cv2": "opencv-python-headless", "ale_py": "ale-py"}  # where they differ from the package's
+README = (ROOT / "README.md").read_text() + (ROOT / "benchmark" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_only_what_requirements_list(script):
+    requirements = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    for node in ast.walk(ast.parse(script.read_text())):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module.split(".")[0]]
+        for module in modules:
+            optional = module == "wandb"  # imported only behind --track
+            listed = IMPORT_NAMES.get(module, module) in requirements
+            assert module in sys.stdlib_module_names or listed or optional, module
+
+
+def test_same_name_means_same_source():
+    """What two scripts share is copied verbatim, so that a fix in one cannot be forgotten in another."""
+    seen = {}
+    for script in SCRIPTS:
+        text = script.read_text()
+        for node in ast.parse(text).body:
+            own = ("Args", "train", "resolve_args")
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in own:
+                source = ast.get_source_segment(text, node)
+                assert seen.setdefault(node.name, source) == source, f"{node.name} in {script.name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_flag_is_read_and_documented(script):
+    text = script.read_text()
+    (args,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    below = text[text.index("def train(") :] + "".join(re.findall(r"\bargs\.\w+", text))
+    for field in [node for node in args.body if isinstance(node, ast.AnnAssign)]:
+        name = field.target.id
+        assert re.search(rf"\bargs\.{name}\b", below) or name in ("depth", "width"), f"--{name} does nothing"
+        assert "  # " in text.splitlines()[field.lineno - 1], f"--{name} has no documentation"
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweeps_print_their_commands(path, scale):
+    done = subprocess.run(
+        ["bash", path, "--dry-run"], env=os.environ | {"SCALE": scale}, capture_output=True, text=True, check=True
+    )
+    *runs, draw = done.stdout.splitlines()
+    assert len(set(runs)) == len(runs) >= 2
+    assert all(re.match(r"python \w+\.py --env-id \w+ --exp-name [\w-]+ --seed \d+ ", line) for line in runs)
+    assert draw.startswith("python benchmark/plot_") and draw.endswith(f"{path.stem}_{scale}")
+
+
+def test_sweeps_refuse_what_they_do_not_know():
+    for scale, flag in (("huge", "--dry-run"), ("smoke", "--dryrun")):
+        environment = os.environ | {"SCALE": scale}
+        done = subprocess.run(["bash", SWEEPS[0], flag], env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweeps_stand_in_the_figure_table(path):
+    assert path.name in README
+
+
+def test_readmes_name_only_files_that_exist():
+    for name in re.findall(r"(?:bash|python) ((?:benchmark|tests)/[\w/]+\.\w+|\w+\.py)", README):
+        assert (ROOT / name).exists(), name
