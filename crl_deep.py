@@ -126,8 +126,8 @@ class Args:
 # The paper's values (Table 7; total env steps as in Fig. 1), and laptop-sized ones for the point mass.
 PAPER = dict(total_timesteps=100_000_000, num_envs=512, episode_length=1000, unroll_length=62, gradient_steps=800,
              batch_size=512, width=256, learning_rate=3e-4, buffer_size=5_120_000, learning_starts=512_000)
-POINT = dict(total_timesteps=500_000, num_envs=64, episode_length=300, unroll_length=50, gradient_steps=100,
-             batch_size=512, width=64, learning_rate=1e-3, buffer_size=500_000, learning_starts=19_200,
+POINT = dict(total_timesteps=400_000, num_envs=64, episode_length=300, unroll_length=50, gradient_steps=100,
+             batch_size=512, width=64, learning_rate=1e-3, buffer_size=400_000, learning_starts=19_200,
              eval_every=25_000)
 TASKS = {
     "point": POINT, "ant": PAPER, "humanoid": PAPER,

@@ -2,7 +2,8 @@
 
     python benchmark/plot_crl_deep.py fig1 --runs "fig1-smoke-*" --out runs/figures/fig1
 
-FIGURE is one of quickstart, fig1, fig4, fig5, fig6, fig7, fig9, fig10, fig11, fig12, fig16, fig17, table2. Every figure
+FIGURE is one of quickstart, point, fig1,
+fig4, fig5, fig6, fig7, fig9, fig10, fig11, fig12, fig16, fig17, table2. Every figure
 is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of the last five
 evaluations. Bands are 95% bootstrap confidence intervals over seeds. Stars are the paper's numbers, at its own number
 of steps and on Brax's physics, which is not the one simulated here; the arm panels of the paper are omitted.
@@ -277,6 +278,7 @@ def main() -> None:
             by_parameters[env][name] = {3 * d * w * (w + 3): scores[v] for v, (d, w) in layers.items()}
     figures = {
         "quickstart": quickstart,
+        "point": lambda runs, out: curves(runs, out, tag="eval/success_any", label="share of the goals reached"),
         "fig1": lambda runs, out: curves(runs, out, PAPER_FIG1),
         "fig4": lambda runs, out: finals(runs, out, parameters, shape, "parameters", by_parameters),
         "fig5": lambda runs, out: finals(

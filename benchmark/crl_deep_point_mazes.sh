@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Not a figure of the paper: what a CPU shows. Three seeds in the open room (at least 0.9 of the goals within 100k steps),
+# and depth 4, 8 and 16 in the U-maze. Two cores: about half an hour with JOBS=2 and OMP_NUM_THREADS=1.
+source "$(dirname "$0")/common.sh"
+
+case $SCALE in
+  smoke) seeds=1 depths="4 8" flags=$SMOKE ;;
+  *) seeds="1 2 3" depths="4 8 16" flags="" ;;
+esac
+sweep crl_deep.py point point_room "$seeds" $flags --total-timesteps 100000 --eval-every 10000 <<<"room"
+sweep crl_deep.py point point_u_maze "$seeds" $flags < <(
+  for depth in $depths; do echo "d$depth --depth $depth"; done
+)
+draw benchmark/plot_crl_deep.py point --runs "point-$SCALE-*"
