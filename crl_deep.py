@@ -70,7 +70,7 @@ class Args:
     wandb_project_name: str = "clayrl"  # the Weights & Biases project
     wandb_entity: str | None = None  # the Weights & Biases user or team
     save_model: bool = False  # at the end, save the weights alone as model.pt
-    checkpoint_every: int | None = None  # env steps between checkpoints; None: a tenth of the run; always at the end
+    checkpoint_every: int | None = None  # env steps between checkpoints; None: 1/50 of the run; always at the end
     checkpoint_replay: bool = True  # keep the replay in the checkpoint; else a resumed run refills it before it learns
     resume: str | None = None  # a run folder to continue; its args.json gives all flags but the few that may change
 
@@ -113,7 +113,8 @@ class Args:
     activation: Literal["swish", "relu"] = "swish"  # after every hidden Dense layer
 
     # speed
-    amp: bool = False  # networks in bfloat16; losses, distances and Adam stay in float32
+    amp: bool = False  # the update's networks in bfloat16; acting, losses, distances and Adam stay in float32
+    tf32: bool = False  # TensorFloat-32 matrix products on a GPU (JAX's default there, so the official code's)
     compile: bool = False  # compile the residual block (one block's code serves them all)
     cudagraphs: bool = False  # capture the whole update in one CUDA graph and replay it per batch
 
@@ -128,9 +129,10 @@ PAPER = dict(total_timesteps=100_000_000, num_envs=512, episode_length=1000, unr
              batch_size=512, width=256, learning_rate=3e-4, buffer_size=5_120_000, learning_starts=512_000)
 POINT = dict(total_timesteps=400_000, num_envs=64, episode_length=300, unroll_length=50, gradient_steps=100,
              batch_size=512, width=64, learning_rate=1e-3, buffer_size=400_000, learning_starts=19_200,
-             eval_every=25_000)
+             eval_every=25_000, checkpoint_every=50_000)
 TASKS = {
     "point": POINT, "ant": PAPER, "humanoid": PAPER,
+    "point_room": POINT | dict(total_timesteps=100_000, episode_length=150, learning_starts=9_600, eval_every=10_000),
     "ant_hardest_maze": PAPER | dict(total_timesteps=200_000_000),
     "ant_u5_maze": PAPER | dict(total_timesteps=400_000_000),
     "humanoid_u_maze": PAPER | dict(total_timesteps=400_000_000),
@@ -139,7 +141,7 @@ TASKS = {
 # What may be given anew with --resume: it does not change what is learned.
 RESUMABLE = ("resume total_timesteps device buffer_device num_threads eval_every eval_episodes checkpoint_every "
              "checkpoint_replay track wandb_project_name wandb_entity save_model log_residual_norms "
-             "save_value_map save_embeddings compile cudagraphs").split()
+             "save_value_map save_embeddings compile cudagraphs tf32").split()
 
 
 # === Environments: a point mass, an ant or a humanoid, on an open floor or in a maze, simulated by MuJoCo =============
@@ -327,8 +329,9 @@ class MujocoEnvs:
         self._observe(slice(None), sensors[:, -1])
         self.steps += 1
         self.time_at_goal += self.distance() < GOAL_RADIUS
-        height, (low, high) = self.physics[:, 3], self.robot.healthy_height
-        diverged = self.physics[:, 0] < before  # MuJoCo starts a world anew when its physics blow up
+        height, (low, high) = self.physics[:, 3], self.robot.healthy_height  # the point mass has none, and no limits
+        expected = before + (FRAME_SKIP - 0.5) * self.model.opt.timestep
+        diverged = self.physics[:, 0] < expected  # MuJoCo starts a world and its clock anew when its physics blow up
         return (height < low) | (height > high) | diverged | (self.steps >= self.episode_length)
 
     def distance(self) -> np.ndarray:
@@ -383,24 +386,27 @@ class Replay:
         windows = -(-needed // (self.num_envs * (window - 1)))
         start = torch.randint(self.size - window + 1, (windows, self.num_envs), device=self.device)
         step = torch.arange(window, device=self.device).view(-1, 1, 1)
-        time = (self.pointer - self.size + start + step) % self.capacity  # (window, windows, num_envs), oldest first
-        env = torch.arange(self.num_envs, device=self.device).expand_as(time)
-        episode = self.episode[time, env]
+        time_index = (self.pointer - self.size + start + step) % self.capacity  # (window, windows, num_envs)
+        env = torch.arange(self.num_envs, device=self.device).expand_as(time_index)
+        episode = self.episode[time_index, env]
         # The last step of the anchor's episode in the window is the nearest boundary at or after the anchor.
         boundary = torch.where(episode[1:] != episode[:-1], step[:-1], window - 1)
         remaining = (boundary.flip(0).cummin(0).values.flip(0) - step[:-1]).flatten()
         chosen = torch.randperm(len(remaining), device=self.device)[:needed]
         uniform = torch.rand(needed, dtype=torch.float64, device=self.device)
-        time, env = time[:-1].flatten()[chosen], env[:-1].flatten()[chosen]
-        goal_time = (time + future_offset(remaining[chosen], uniform, gamma)) % self.capacity
-        return tuple(index.view(num_batches, batch_size) for index in (time, env, goal_time))
+        anchor_time, env = time_index[:-1].flatten()[chosen], env[:-1].flatten()[chosen]
+        goal_time = (anchor_time + future_offset(remaining[chosen], uniform, gamma)) % self.capacity
+        return tuple(index.view(num_batches, batch_size) for index in (anchor_time, env, goal_time))
 
-    def gather(self, time, env, goal_time) -> tuple:
+    def gather(self, anchor_time, env, goal_time) -> tuple:
         """Indices (batch,) -> state (batch, state_dim), action (batch, action_dim), future goal (batch, goal_dim)."""
-        return self.state[time, env], self.action[time, env], self.state[goal_time, env, : self.goal_dim]
+        goal = self.state[goal_time, env, : self.goal_dim]
+        return self.state[anchor_time, env], self.action[anchor_time, env], goal
 
     def state_dict(self) -> dict:
         filled = {name: getattr(self, name)[: self.size].cpu() for name in ("state", "action", "episode")}
+        if self.size < self.capacity:  # torch.save would write all of the tensor that a part is a view of
+            filled = {name: value.clone() for name, value in filled.items()}
         return filled | {"size": self.size, "pointer": self.pointer}
 
     def load_state_dict(self, saved: dict) -> None:
@@ -462,6 +468,9 @@ class ResidualMLP(nn.Module):
         return self.head(self.blocks(self.stem(x)))
 
 
+LOG_STD_MIN, LOG_STD_MAX = -5, 2
+
+
 class Actor(nn.Module):
     """pi(a | s, g): a Gaussian squashed by tanh; mean and log standard deviation are two heads of one trunk."""
 
@@ -474,7 +483,7 @@ class Actor(nn.Module):
         """(batch, state_dim), (batch, goal_dim) -> mean and log standard deviation before tanh, (batch, action_dim)."""
         hidden = self.trunk.blocks(self.trunk.stem(torch.cat([state, goal], -1)))
         mean, raw = self.trunk.head(hidden).float(), self.log_std_head(hidden).float()
-        return mean, -5 + 0.5 * (2 - -5) * (torch.tanh(raw) + 1)  # log standard deviation in (-5, 2)
+        return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1)
 
 
 def sample_action(mean, log_std) -> tuple:
@@ -518,24 +527,24 @@ def contrastive_loss(phi, psi, logsumexp_coef, direction="forward") -> tuple:
     phi, psi (batch, repr_dim) -> loss (scalar), metrics. f_ij = -||phi_i - psi_j||_2;
     loss = -mean_i [f_ii - logsumexp_j f_ij] + logsumexp_coef mean_i (logsumexp_j (f_ij + 1e-6))^2.
     """
-    # As a matrix product, |a|^2 + |b|^2 - 2ab, distances are far cheaper than from all differences; float64 keeps them
-    # exact near 0, where cdist's gradient is 0 and not NaN.
+    # As a matrix product, |a|^2 + |b|^2 - 2ab, distances are far cheaper than from all differences. In float64 it loses
+    # nothing that float32 could hold, and cdist's gradient at distance 0 is 0, not NaN.
     dtype = torch.float32 if phi.device.type == "mps" else torch.float64
-    f = -torch.cdist(phi.to(dtype), psi.to(dtype), compute_mode="use_mm_for_euclid_dist").float()
-    positive, row = f.diagonal(), f.logsumexp(1)
+    energy = -torch.cdist(phi.to(dtype), psi.to(dtype), compute_mode="use_mm_for_euclid_dist").float()  # f_ij
+    positive, row = energy.diagonal(), energy.logsumexp(1)
     if direction == "forward":
         nce = (row - positive).mean()
     elif direction == "backward":
-        nce = (f.logsumexp(0) - positive).mean()
+        nce = (energy.logsumexp(0) - positive).mean()
     else:  # symmetric
-        nce = (row + f.logsumexp(0) - 2 * positive).mean()
+        nce = (row + energy.logsumexp(0) - 2 * positive).mean()
     loss = nce + logsumexp_coef * (row + 1e-6).square().mean()
-    n = len(f)
+    n = len(energy)
     metrics = {
         "losses/critic": loss, "losses/nce": nce, "losses/logsumexp": row.mean(),
-        "contrastive/categorical_accuracy": (f.argmax(1) == torch.arange(n, device=f.device)).float().mean(),
+        "contrastive/categorical_accuracy": (energy.argmax(1) == torch.arange(n, device=energy.device)).float().mean(),
         "contrastive/logits_pos": positive.mean(),
-        "contrastive/logits_neg": (f.sum() - positive.sum()) / max(n * (n - 1), 1),
+        "contrastive/logits_neg": (energy.sum() - positive.sum()) / max(n * (n - 1), 1),
     }  # fmt: skip
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -561,9 +570,9 @@ def update(agent, optimizers, batch, args) -> dict:
     with torch.autocast(**autocast):
         psi = agent.psi(goal)  # the critic below uses it again
         new_action, log_prob = sample_action(*agent.actor(state, goal))
-        f = -torch.linalg.vector_norm(agent.phi(state, new_action) - psi.detach(), dim=-1)
+        energy = -torch.linalg.vector_norm(agent.phi(state, new_action) - psi.detach(), dim=-1)
     alpha = agent.log_alpha.detach().exp()
-    actor_loss = (alpha * log_prob - f).mean()
+    actor_loss = (alpha * log_prob - energy).mean()
     actor_optimizer.zero_grad()
     actor_loss.backward()
     actor_optimizer.step()
@@ -626,18 +635,18 @@ def capture_update(agent, optimizers, batch, args):
 
 # === Evaluation, and what to look at ==================================================================================
 @torch.no_grad()
-def evaluate(agent, envs, episode: int, device, keep_record: bool = False) -> tuple:
+def evaluate(agent, envs, draw: int, device, keep_record: bool = False) -> tuple:
     """One episode per environment with the policy's mean -> metrics, record. Draws no random number from torch.
 
-    time_at_goal: the mean number of steps that end within 0.5 m of the goal, until the episode's first end. `episode`
-    picks the starts and goals. record: goal, time_at_goal (num_envs, ...), and where wanted state, action, alive
+    time_at_goal: the mean number of steps that end within 0.5 m of the goal, until the episode's first end. `draw`
+    numbers the set of starts and goals. record: goal, time_at_goal (num_envs, ...); where wanted state, action, alive
     (T, num_envs, ...).
     """
-    envs.episode[:] = episode
+    envs.episode[:] = draw
     envs.reset(np.ones(envs.num_envs, bool))
     goal = torch.from_numpy(envs.goal).to(device)
     alive = np.ones(envs.num_envs, bool)
-    time_at_goal, length, last, closest = np.zeros(alive.shape), np.zeros(alive.shape), envs.distance(), envs.distance()
+    time_at_goal, length, last, closest = (np.full(alive.shape, start) for start in (0.0, 0.0, np.inf, np.inf))
     record = {"state": [], "action": [], "alive": []}
     while alive.any():
         action = torch.tanh(agent.actor(torch.from_numpy(envs.state).to(device), goal)[0]).cpu().numpy()
@@ -667,8 +676,9 @@ def residual_norms(agent, batch) -> dict:
     ):  # fmt: skip
         hidden = network.stem(torch.cat(inputs, -1))
         for i, block in enumerate(network.blocks):
-            norms[f"residual/{name}/block_{i:03d}"] = block.layers(hidden).norm(dim=-1).mean()
-            hidden = block(hidden)
+            residual = block.layers(hidden)
+            norms[f"residual/{name}/block_{i:03d}"] = residual.norm(dim=-1).mean()
+            hidden = hidden + residual if block.residual else residual
     return norms
 
 
@@ -679,9 +689,11 @@ def value_map(agent, envs, start, device, points_per_cell: int = 8) -> dict:
     -> x, y (m), goals (goals, goal_dim), values (goals, len(x), len(y)); walls (rows, columns) and cell size (m).
     """
     cell, goals = envs.robot.cell, np.unique(envs.goal, axis=0)
-    low, high = np.zeros(2), (np.array([len(envs.maze), len(envs.maze[0])]) - 1) * cell if envs.maze else None
-    if not envs.maze:
-        low, high, goals = *np.outer([-1, 1], [envs.robot.goal_distance[1]] * 2), goals[:1]
+    if envs.maze:
+        low, high = np.zeros(2), (np.array([len(envs.maze), len(envs.maze[0])]) - 1) * cell
+    else:
+        high, goals = np.full(2, envs.robot.goal_distance[1]), goals[:1]
+        low = -high
     x, y = (np.linspace(a, b, int((b - a) / cell * points_per_cell) + 1) for a, b in zip(low, high))
     state = np.repeat(start[None], len(x) * len(y), axis=0)
     state[:, :2] = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
@@ -731,7 +743,7 @@ def resolve_args(args: Args) -> Args:
             refuse(flag, getattr(args, flag), str(error))
     sizes = TASKS.get(args.env_id, TASKS[robot])
     total = args.total_timesteps or sizes["total_timesteps"]
-    defaults = dict(eval_every=max(1, total // 100), checkpoint_every=max(1, total // 10)) | sizes
+    defaults = dict(eval_every=max(1, total // 100), checkpoint_every=max(1, total // 50)) | sizes
     for name in ("depth", "width"):
         value = getattr(args, name) or defaults.get(name, 0)
         defaults |= {f"actor_{name}": value, f"critic_{name}": value}
@@ -742,23 +754,25 @@ def resolve_args(args: Args) -> Args:
 
     shape = ROBOTS[robot]
     replay = min(args.buffer_size, args.total_timesteps) * 4 * (shape.state_dim + shape.action_dim + 1)
-    networks = 16 * args.batch_size**2  # bytes; per layer: weights, gradients, two moments; three activations
+    networks = 16 * args.batch_size**2  # bytes; per layer: weights, gradients, two moments, and three activations
     for name in ("actor", "critic", "critic"):
         width, layers = getattr(args, f"{name}_width"), getattr(args, f"{name}_depth") + 1
-        networks += 16 * layers * width * (width + 3) + 12 * layers * width * args.batch_size
+        bytes_per_weight = 28 if args.cudagraphs else 16
+        networks += layers * width * (bytes_per_weight * (width + 3) + 12 * args.batch_size)
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if args.buffer_device == "auto":
         fits = args.device == "cuda" and not missing["cuda"] and replay + networks < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
     episodes, unroll = args.num_envs * args.episode_length, args.num_envs * args.unroll_length
-    checks = [(name, getattr(args, name) <= 0, "must be greater than 0")
+    checks = [(name, not getattr(args, name) > 0, "must be greater than 0")
               for name in ["depth", *defaults, "repr_dim", "eval_episodes"]]  # fmt: skip
     checks += [(name, getattr(args, name) % 4, "must be a multiple of 4: a block has 4 Dense layers")
                for name in ("depth", "actor_depth", "critic_depth")]  # fmt: skip
-    checks += [(name, getattr(args, name) < 0, "must not be negative")
+    checks += [(name, not getattr(args, name) >= 0, "must not be negative")
                for name in ("seed", "num_threads", "logsumexp_coef")]  # fmt: skip
     checks += [
+        ("exp_name", "/" in args.exp_name, "must not contain /"),
         ("gamma", not 0 < args.gamma < 1, "must lie between 0 and 1, exclusive"),
         ("episode_length", args.episode_length == 1, "must be at least 2 steps"),
         ("eval_env_id", args.eval_env_id.split("_")[0] != args.env_id.split("_")[0],
@@ -778,7 +792,8 @@ def resolve_args(args: Args) -> Args:
     for device in {args.device, args.buffer_device} - {"mps"}:
         needed = replay * (args.buffer_device == device) + networks * (args.device == device)
         if needed > memory(device):
-            flag = "buffer_size" if replay * (args.buffer_device == device) > networks else "depth"
+            flag = "batch_size" if 16 * args.batch_size**2 > networks / 2 else "depth"
+            flag = "buffer_size" if replay * (args.buffer_device == device) > networks else flag
             limit = f"the run needs about {needed / 1e9:.1f} GB, {device} has {memory(device) / 1e9:.1f} GB"
             refuse(flag, getattr(args, flag), limit)
     try:
@@ -797,10 +812,13 @@ def parse_args(command_line: list) -> Args:
     path = Path(args.resume) / "args.json"
     if not path.exists() or not (Path(args.resume) / "checkpoint.pt").exists():
         refuse("resume", args.resume, "is not a run folder with args.json and checkpoint.pt")
-    description = json.loads(path.read_text())
-    if description.get("script") != "crl_deep":
-        refuse("resume", args.resume, f"is a run of another script ({description.get('script')})")
-    saved = Args(**description["args"])
+    try:
+        description = json.loads(path.read_text())
+        saved = Args(**description["args"]) if description["script"] == "crl_deep" else None
+    except (ValueError, KeyError, TypeError) as error:
+        refuse("resume", args.resume, f"has an args.json that this version cannot read ({error})")
+    if saved is None:
+        refuse("resume", args.resume, f"is a run of another script ({description['script']})")
     args = tyro.cli(Args, args=command_line, default=saved)
     for name in [field.name for field in fields(Args) if field.name not in RESUMABLE]:
         if getattr(args, name) != getattr(saved, name):
@@ -833,7 +851,10 @@ def train(args: Args) -> Path:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    if args.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device = torch.device(args.device)
 
     seed, threads = (args.seed, 0), args.num_threads
@@ -856,8 +877,13 @@ def train(args: Args) -> Path:
 
     if args.resume:
         run_dir = Path(args.resume)
-        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        except Exception as error:
+            refuse("resume", args.resume, f"has a checkpoint.pt that cannot be read ({type(error).__name__})")
         global_step, gradient_steps = saved["global_step"], saved["gradient_steps"]
+        if global_step > args.total_timesteps:
+            refuse("total_timesteps", args.total_timesteps, f"the run has already taken {global_step} steps")
         if global_step + steps_per_unroll > args.total_timesteps:
             print(f"{run_dir} has already taken {global_step} steps; --total-timesteps makes it go on")
         agent.load_state_dict(saved["agent"])
@@ -893,13 +919,13 @@ def train(args: Args) -> Path:
     def request_stop(number, frame):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-        tqdm.write("finishing this training step, then saving; once more to stop at once", file=sys.stderr)
+        os.write(2, b"\nfinishing this training step, then saving; once more to stop at once\n")
 
     def log(metrics):
         for tag, value in metrics.items():
             writer.add_scalar(tag, float(value), global_step)
 
-    def is_due(every):  # whether something that happens every so many env steps, in whole training steps, is due now
+    def is_due(every):  # in env steps, rounded down to whole training steps
         return global_step // steps_per_unroll % max(1, every // steps_per_unroll) == 0
 
     def run_evaluation(keep_record=False):
@@ -919,15 +945,14 @@ def train(args: Args) -> Path:
             global_step=global_step, gradient_steps=gradient_steps, eval_history=eval_history,
             walltime=walltime + time.time() - start_time, rng=torch.get_rng_state(), cuda_rng=cuda_rng))  # fmt: skip
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
+    handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, smoothing=0.05,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     if global_step == 0:
         run_evaluation()
     while global_step + steps_per_unroll <= args.total_timesteps:
         step_start = time.time()
-        learning = replay.size * args.num_envs >= args.learning_starts
+        learning = replay.size * args.num_envs >= args.learning_starts  # before collecting: 17 unrolls of prefill
         # Collect: the stochastic policy pursues the commanded goals
         returns, lengths = [], []
         with torch.no_grad():
@@ -944,7 +969,7 @@ def train(args: Args) -> Path:
         # Learn: batches of state, action and a future goal
         if learning:
             for indices in zip(*replay.sample(args.gradient_steps, args.batch_size, args.episode_length, args.gamma)):
-                batch = [x.to(device, non_blocking=True) for x in replay.gather(*indices)]
+                batch = [x.to(device) for x in replay.gather(*indices)]
                 if args.cudagraphs:
                     captured = captured or capture_update(agent, optimizers, batch, args)
                     metrics = captured(batch)
@@ -960,7 +985,8 @@ def train(args: Args) -> Path:
 
         # Log, evaluate, save
         log({"charts/gradient_steps": gradient_steps, "charts/walltime": walltime + time.time() - start_time,
-             "charts/replay_size": replay.size * args.num_envs})
+             "charts/replay_size": replay.size * args.num_envs, "charts/frames": global_step,
+             "charts/replay_ratio": args.gradient_steps / steps_per_unroll if learning else 0})
         if returns:  # of the sparse reward: 1 for every step that ends at the goal
             log({"charts/episodic_return": np.mean(returns), "charts/episodic_length": np.mean(lengths)})
             bar.set_postfix(time_at_goal=f"{np.mean(returns):.1f}")
@@ -979,6 +1005,8 @@ def train(args: Args) -> Path:
     save_checkpoint()
     writer.close()
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if args.save_value_map:
         paths = dict(paths=record["state"][..., : dims[1]]) | {k: record[k] for k in ("alive", "goal", "time_at_goal")}
         save_file(run_dir / "value_map.npz", value_map(agent, eval_envs, record["state"][0, 0], device) | paths)

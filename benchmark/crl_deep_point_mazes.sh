@@ -7,7 +7,7 @@ case $SCALE in
   smoke) seeds=1 depths="4 8" flags=$SMOKE ;;
   *) seeds="1 2 3" depths="4 8 16" flags="" ;;
 esac
-sweep crl_deep.py point point_room "$seeds" $flags --total-timesteps 100000 --eval-every 10000 <<<"room"
+sweep crl_deep.py point point_room "$seeds" $flags <<<"room"
 sweep crl_deep.py point point_u_maze "$seeds" $flags < <(
   for depth in $depths; do echo "d$depth --depth $depth"; done
 )

@@ -2,8 +2,7 @@
 
     python benchmark/plot_crl_deep.py fig1 --runs "fig1-smoke-*" --out runs/figures/fig1
 
-FIGURE is one of quickstart, point, fig1,
-fig4, fig5, fig6, fig7, fig9, fig10, fig11, fig12, fig16, fig17, table2. Every figure
+FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig9, fig10, fig11, fig12, fig16, fig17 or table2. Each
 is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of the last five
 evaluations. Bands are 95% bootstrap confidence intervals over seeds. Stars are the paper's numbers, at its own number
 of steps and on Brax's physics, which is not the one simulated here; the arm panels of the paper are omitted.
@@ -16,6 +15,7 @@ import numpy as np
 from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
 
 SCORE = "eval/time_at_goal_last5"
+NOTE = "Bands: 95% bootstrap over seeds. Stars: the paper's numbers (Brax physics, its own steps). Arm panels omitted."
 
 # The paper's final time at goal, by environment and depth (Table 1 for 4 and 64, read from Fig. 1 between).
 PAPER_FIG1 = {
@@ -81,7 +81,7 @@ def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal") -> None:
             ]
         axis.set(title=f"{env_id}\n{seeds_text(depths.values())}", xlabel="million environment steps", ylabel=label)
         axis.legend(frameon=False, fontsize=7)
-    save(figure, rows, out)
+    save(figure, rows, out, NOTE)
 
 
 def finals(runs, out, x, series, xlabel, paper=None) -> None:
@@ -109,7 +109,7 @@ def finals(runs, out, x, series, xlabel, paper=None) -> None:
         title = f"{env_id}\n{seeds_text(group(env_runs, lambda run: run.args['exp_name']).values())}"
         axis.set(title=title, xlabel=xlabel, ylabel="final steps at the goal")
         axis.legend(frameon=False, fontsize=7)
-    save(figure, rows, out)
+    save(figure, rows, out, NOTE)
 
 
 def parameters(run) -> float:
@@ -142,7 +142,7 @@ def heatmap(runs, out) -> None:
         axis.set_xticks(range(len(actors)), actors)
         axis.set_yticks(range(len(critics)), critics)
         axis.set(title=f"{env_id}\n{seeds_text(cells.values())}", xlabel="actor depth", ylabel="critic depth")
-    save(figure, rows, out)
+    save(figure, rows, out, NOTE)
 
 
 def draw_value_map(axis, saved, k, paths=6) -> None:
@@ -253,7 +253,6 @@ def quickstart(runs, out) -> None:
     for k, axis in enumerate(axes[1:]):
         draw_value_map(axis, saved, k)
         axis.set_title("the critic's values for the goal (star)\nand six episodes of the policy")
-    figure.tight_layout()
     save(figure, [dict(step=int(s), success=a, share_at_goal=b) for s, a, b in zip(steps, success, time_at_goal)], out)
 
 

@@ -36,18 +36,20 @@ class Run:
 def load_runs(pattern: str, folder: str = "runs") -> list:
     """All runs whose --exp-name matches the shell pattern, sorted by environment, name and seed.
 
-    SystemExit where there is none. A run that is not finished counts too, as far as it got.
+    SystemExit where there is none. A run that is not finished counts too, as far as it got. Of several folders with one
+    environment, name and seed the newest counts: the others were stopped before they could be resumed.
     """
-    runs = []
+    runs = {}
     for path in sorted(Path(folder).glob("*/args.json")):
         description = json.loads(path.read_text())
         if fnmatch(description["args"]["exp_name"], pattern):
             events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0})
             events.Reload()
-            runs.append(Run(path.parent, description["args"], description["action_repeat"], events))
+            key = tuple(description["args"][name] for name in ("env_id", "exp_name", "seed"))
+            runs[key] = Run(path.parent, description["args"], description["action_repeat"], events)
     if not runs:
         raise SystemExit(f"error: no run under {folder}/ has an --exp-name that matches {pattern}")
-    return sorted(runs, key=lambda run: (run.args["env_id"], run.args["exp_name"], run.args["seed"]))
+    return [runs[key] for key in sorted(runs)]
 
 
 def group(runs: list, key) -> dict:
@@ -93,9 +95,11 @@ def panels(count: int, width: float = 3.4, height: float = 2.8) -> tuple:
     return figure, list(axes.flat[:count])
 
 
-def save(figure, rows: list, out: str) -> None:
-    """Writes <out>.png, and the numbers behind it as <out>.csv (a list of dicts with the same keys)."""
+def save(figure, rows: list, out: str, note: str = "") -> None:
+    """Writes <out>.png with a note below, and the numbers behind it as <out>.csv (dicts with the same keys)."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.text(0.01, -0.02, note, fontsize=6, color="0.4", va="top")
     figure.savefig(f"{out}.png")
     with open(f"{out}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")

@@ -50,9 +50,10 @@ def peak_resident_gb() -> float:
 
 
 def measure_update(depth, variant, options) -> dict:
-    """crl_deep.update at the paper's width and batch, on the ant's dimensions."""
+    """crl_deep.update at the paper's width and batch, on the ant's dimensions; the actor at most 512 deep."""
     device = options.device
-    args = crl.resolve_args(crl.Args(env_id="ant_big_maze", depth=depth, device=device, **VARIANTS[variant]))
+    args = crl.resolve_args(crl.Args(env_id="ant_big_maze", critic_depth=depth, actor_depth=min(depth, 512),
+                                     device=device, **VARIANTS[variant]))  # fmt: skip
     agent = crl.Agent(29, 2, 8, args).to(device)
     if args.compile:
         for block in [m for m in agent.modules() if isinstance(m, crl.ResidualBlock)]:

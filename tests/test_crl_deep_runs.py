@@ -255,6 +255,9 @@ def test_a_full_disk_keeps_the_old_file(capsys, monkeypatch):
         ("--device mps", "--device mps: torch sees no such device here"),
         ("--device cpu --cudagraphs", "--cudagraphs True: needs --device cuda, not cpu"),
         ("--track", "--track : needs Weights & Biases"),
+        ("--learning-rate nan", "--learning-rate nan: must be greater than 0"),
+        ("--batch-size 1000000", "--batch-size 1000000: the run needs about"),
+        ("--exp-name ../../x", "--exp-name ../../x: must not contain /"),
         ("--resume nowhere", "--resume nowhere: is not a run folder"),
     ],
 )  # fmt: skip
@@ -276,13 +279,36 @@ def test_missing_cuda(flag, capsys):
     assert stopped.value.code == 2 and f"{flag} cuda: torch sees no such device" in capsys.readouterr().err
 
 
-def test_resume_of_another_scripts_run(capsys):
+def test_resume_of_what_is_no_run_of_this_script(capsys):
     part = run(*POINT)
     description = json.loads((part / "args.json").read_text())
-    (part / "args.json").write_text(json.dumps(description | {"script": "drm"}))
-    with pytest.raises(SystemExit) as stopped:
-        run("--resume", part)
-    assert stopped.value.code == 2 and "is a run of another script (drm)" in capsys.readouterr().err
+    checkpoint_file, args_file = part / "checkpoint.pt", part / "args.json"
+    whole = checkpoint_file.read_bytes()
+    for content, saved, flags, message in (
+        (json.dumps(description | {"script": "drm"}), whole, [], "is a run of another script (drm)"),
+        ("{", whole, [], "has an args.json that this version cannot read"),
+        (json.dumps(description | {"args": {"old_flag": 1}}), whole, [], "has an args.json that this version cannot"),
+        (json.dumps(description), whole[:1000], [], "has a checkpoint.pt that cannot be read"),
+        (json.dumps(description), whole, ["--total-timesteps", 400], "400: the run has already taken 600 steps"),
+    ):
+        args_file.write_text(content)
+        checkpoint_file.write_bytes(saved)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run("--resume", part, *flags)
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1
+
+
+def test_a_checkpoint_holds_only_the_filled_part_of_the_ring(tmp_path):
+    replay = crl.Replay(100_000, 4, 29, 8, 2, torch.device("cpu"))
+    for t in range(10):
+        replay.add(torch.full((4, 29), float(t)), torch.zeros(4, 8), torch.zeros(4))
+    crl.save_file(tmp_path / "replay.pt", replay.state_dict())
+    assert (tmp_path / "replay.pt").stat().st_size < 20_000
+    smaller = crl.Replay(10, 4, 29, 8, 2, torch.device("cpu"))
+    smaller.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
+    assert torch.equal(smaller.state[:, 0, 0], torch.arange(10.0))
 
 
 @pytest.mark.parametrize("flag, tolerance", [("--amp", 0.2), ("--compile", 0.01)])
@@ -293,11 +319,11 @@ def test_speed_flags_change_bits_but_not_results(flag, tolerance):
     torch.testing.assert_close(plain[weights], fast[weights], atol=tolerance, rtol=tolerance)
 
 
-def test_torch_deterministic_reaches_the_run():
-    run(*POINT, "--torch-deterministic")
-    assert torch.are_deterministic_algorithms_enabled()
+def test_torch_settings_reach_the_run():
+    run(*POINT, "--torch-deterministic", "--tf32")
+    assert torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "high"
     run(*POINT)
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(
