@@ -764,31 +764,29 @@ def resolve_args(args: Args) -> Args:
         fits = args.device == "cuda" and not missing["cuda"] and replay + networks < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
-    episodes, unroll = args.num_envs * args.episode_length, args.num_envs * args.unroll_length
-    checks = [(name, not getattr(args, name) > 0, "must be greater than 0")
-              for name in ["depth", *defaults, "repr_dim", "eval_episodes"]]  # fmt: skip
-    checks += [(name, getattr(args, name) % 4, "must be a multiple of 4: a block has 4 Dense layers")
-               for name in ("depth", "actor_depth", "critic_depth")]  # fmt: skip
-    checks += [(name, not getattr(args, name) >= 0, "must not be negative")
-               for name in ("seed", "num_threads", "logsumexp_coef")]  # fmt: skip
-    checks += [
-        ("exp_name", "/" in args.exp_name, "must not contain /"),
-        ("gamma", not 0 < args.gamma < 1, "must lie between 0 and 1, exclusive"),
-        ("episode_length", args.episode_length == 1, "must be at least 2 steps"),
-        ("eval_env_id", args.eval_env_id.split("_")[0] != args.env_id.split("_")[0],
-         f"must be the same robot as --env-id {args.env_id}"),
-        ("buffer_size", args.buffer_size < episodes, f"must hold an episode of every environment, {episodes} steps"),
-        ("learning_starts", not episodes <= args.learning_starts <= args.buffer_size,
-         f"must lie between an episode of every environment, {episodes} steps, and --buffer-size {args.buffer_size}"),
-        ("total_timesteps", args.total_timesteps < args.learning_starts + 2 * unroll,
-         f"must leave room to learn after --learning-starts: at least {args.learning_starts + 2 * unroll} steps"),
-        ("device", missing.get(args.device), "torch sees no such device here"),
-        ("buffer_device", missing.get(args.buffer_device), "torch sees no such device here"),
-        ("cudagraphs", args.cudagraphs and args.device != "cuda", f"needs --device cuda, not {args.device}"),
-    ]  # fmt: skip
-    for name, wrong, limit in checks:
-        if wrong:
-            refuse(name, getattr(args, name), limit)
+    value, episodes = vars(args), args.num_envs * args.episode_length
+    to_learn = args.learning_starts + 2 * args.num_envs * args.unroll_length
+    same_robot = args.eval_env_id.split("_")[0] == args.env_id.split("_")[0]
+    wrong = {  # limit -> the arguments that break it
+        "must be greater than 0": [n for n in ("depth", *defaults, "repr_dim", "eval_episodes") if not value[n] > 0],
+        "must not be negative": [n for n in ("seed", "num_threads", "logsumexp_coef") if not value[n] >= 0],
+        "must be a multiple of 4: a block has 4 Dense layers":
+            [n for n in ("depth", "actor_depth", "critic_depth") if value[n] % 4],
+        "must not contain /": ["exp_name"] * ("/" in args.exp_name),
+        "must lie between 0 and 1, exclusive": ["gamma"] * (not 0 < args.gamma < 1),
+        "must be at least 2 steps": ["episode_length"] * (args.episode_length == 1),
+        f"must be the same robot as --env-id {args.env_id}": ["eval_env_id"] * (not same_robot),
+        f"must hold an episode of every environment, {episodes} steps": ["buffer_size"] * (args.buffer_size < episodes),
+        f"must lie between an episode of every environment, {episodes} steps, and --buffer-size {args.buffer_size}":
+            ["learning_starts"] * (not episodes <= args.learning_starts <= args.buffer_size),
+        f"must leave room to learn after --learning-starts: at least {to_learn} steps":
+            ["total_timesteps"] * (args.total_timesteps < to_learn),
+        "torch sees no such device here": [n for n in ("device", "buffer_device") if missing.get(value[n])],
+        f"needs --device cuda, not {args.device}": ["cudagraphs"] * (args.cudagraphs and args.device != "cuda"),
+    }  # fmt: skip
+    for limit, names in wrong.items():
+        for name in names:
+            refuse(name, value[name], limit)
     for device in {args.device, args.buffer_device} - {"mps"}:
         needed = replay * (args.buffer_device == device) + networks * (args.device == device)
         if needed > memory(device):
@@ -842,6 +840,22 @@ def save_file(path: Path, content) -> None:
         temporary.unlink(missing_ok=True)
         print(f"crl_deep.py: error: could not write {path}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryWriter:
+    """Creates the run's folder with args.json. What a killed part of it had logged from first_step on is dropped."""
+    run_dir.mkdir(parents=True, exist_ok=first_step is not None)
+    git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
+    versions = {module.__name__: module.__version__ for module in (torch, mujoco, gymnasium, np)}
+    versions |= {"python": platform.python_version(), "git": git}
+    description = dict(script="crl_deep", action_repeat=1, args=asdict(args), versions=versions)
+    save_file(run_dir / "args.json", description)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, config=asdict(args),
+                   sync_tensorboard=True)  # fmt: skip
+    return SummaryWriter(str(run_dir), purge_step=first_step)
 
 
 # === The algorithm ====================================================================================================
@@ -902,18 +916,7 @@ def train(args: Args) -> Path:
     else:
         envs.reset(np.ones(args.num_envs, bool))
         run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-        run_dir.mkdir(parents=True)
-    git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
-    versions = {module.__name__: module.__version__ for module in (torch, mujoco, gymnasium, np)}
-    versions |= {"python": platform.python_version(), "git": git}
-    description = dict(script="crl_deep", action_repeat=1, args=asdict(args), versions=versions)
-    save_file(run_dir / "args.json", description)
-    if args.track:
-        import wandb
-
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, config=asdict(args),
-                   sync_tensorboard=True)  # fmt: skip
-    writer = SummaryWriter(str(run_dir), purge_step=global_step + 1 if args.resume else None)
+    writer = start_logging(args, run_dir, first_step=global_step + 1 if args.resume else None)
     start_time, learning_seconds, learning_steps, captured, stop = time.time(), 0.0, 0, None, []
 
     def request_stop(number, frame):
@@ -933,7 +936,8 @@ def train(args: Args) -> Path:
         history = eval_history | {global_step: metrics["eval/time_at_goal"]}
         if is_due(args.eval_every):  # an extra evaluation, at the end of a run that is then resumed, must not count
             eval_history.update(history)
-        log(metrics | {"eval/time_at_goal_last5": np.mean(list(history.values())[-5:])})
+        metrics["eval/time_at_goal_last5"] = float(np.mean(list(history.values())[-5:]))
+        log(metrics)
         return metrics, record
 
     def save_checkpoint():

@@ -84,6 +84,7 @@ def test_a_run_through_the_command_line(tmp_path):
         assert all(np.isfinite(list(logged[tag].values()))), tag
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["global_step"], summary["gradient_steps"]) == (600, 39)
+    assert summary["eval/time_at_goal_last5"] == pytest.approx(logged["eval/time_at_goal_last5"][600])
     maps = np.load(run_dir / "value_map.npz")
     assert maps["paths"].shape == (20, 3, 2) and maps["walls"].sum() == 18 and np.isfinite(maps["values"]).all()
     weights = torch.load(run_dir / "model.pt", weights_only=True)
