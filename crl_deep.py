@@ -126,10 +126,10 @@ class Args:
 
 # The paper's values (Table 7; total env steps as in Fig. 1), and laptop-sized ones for the point mass.
 PAPER = dict(total_timesteps=100_000_000, num_envs=512, episode_length=1000, unroll_length=62, gradient_steps=800,
-             batch_size=512, width=256, learning_rate=3e-4, buffer_size=5_120_000, learning_starts=512_000)
+             batch_size=512, width=256, learning_rate=3e-4, buffer_size=5_120_000, learning_starts=512_000)  # fmt: skip
 POINT = dict(total_timesteps=400_000, num_envs=64, episode_length=300, unroll_length=50, gradient_steps=100,
              batch_size=512, width=64, learning_rate=1e-3, buffer_size=400_000, learning_starts=19_200,
-             eval_every=25_000, checkpoint_every=50_000)
+             eval_every=25_000, checkpoint_every=50_000)  # fmt: skip
 TASKS = {
     "point": POINT, "ant": PAPER, "humanoid": PAPER,
     "point_room": POINT | dict(total_timesteps=100_000, episode_length=150, learning_starts=9_600, eval_every=10_000),
@@ -141,7 +141,7 @@ TASKS = {
 # What may be given anew with --resume: it does not change what is learned.
 RESUMABLE = ("resume total_timesteps device buffer_device num_threads eval_every eval_episodes checkpoint_every "
              "checkpoint_replay track wandb_project_name wandb_entity save_model log_residual_norms "
-             "save_value_map save_embeddings compile cudagraphs tf32").split()
+             "save_value_map save_embeddings compile cudagraphs tf32").split()  # fmt: skip
 
 
 # === Environments: a point mass, an ant or a humanoid, on an open floor or in a maze, simulated by MuJoCo =============
@@ -984,13 +984,13 @@ def train(args: Args) -> Path:
             if learning_steps:  # the first training step warms up and compiles
                 learning_seconds += time.time() - step_start
                 log({"charts/SPS": learning_steps * steps_per_unroll / learning_seconds,
-                     "charts/gradient_steps_per_second": learning_steps * args.gradient_steps / learning_seconds})
+                     "charts/gradient_steps_per_second": learning_steps * args.gradient_steps / learning_seconds})  # fmt: skip
             learning_steps += 1
 
         # Log, evaluate, save
         log({"charts/gradient_steps": gradient_steps, "charts/walltime": walltime + time.time() - start_time,
              "charts/replay_size": replay.size * args.num_envs, "charts/frames": global_step,
-             "charts/replay_ratio": args.gradient_steps / steps_per_unroll if learning else 0})
+             "charts/replay_ratio": args.gradient_steps / steps_per_unroll if learning else 0})  # fmt: skip
         if returns:  # of the sparse reward: 1 for every step that ends at the goal
             log({"charts/episodic_return": np.mean(returns), "charts/episodic_length": np.mean(lengths)})
             bar.set_postfix(time_at_goal=f"{np.mean(returns):.1f}")

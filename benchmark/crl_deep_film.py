@@ -1,6 +1,6 @@
 """Films one evaluation episode of a finished crl_deep.py run, headless through EGL.
 
-    python benchmark/crl_deep_film.py runs/<run>            -> runs/<run>/episode.mp4; the goal is a red ball
+python benchmark/crl_deep_film.py runs/<run>            -> runs/<run>/episode.mp4; the goal is a red ball
 """
 
 import json

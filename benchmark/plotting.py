@@ -80,7 +80,7 @@ def aligned(runs: list, tag: str) -> tuple:
 
 
 def seeds_text(groups) -> str:
-    """"n seeds", or "n to m seeds", for a caption."""
+    """For a caption: "n seeds", or "n to m seeds"."""
     counts = sorted({len(runs) for runs in groups})
     return f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
