@@ -983,8 +983,13 @@ def train(args: Args) -> Path:
             log(metrics)
             if learning_steps:  # the first training step warms up and compiles
                 learning_seconds += time.time() - step_start
-                log({"charts/SPS": learning_steps * steps_per_unroll / learning_seconds,
-                     "charts/gradient_steps_per_second": learning_steps * args.gradient_steps / learning_seconds})  # fmt: skip
+                rate = learning_steps / learning_seconds
+                log(
+                    {
+                        "charts/SPS": rate * steps_per_unroll,
+                        "charts/gradient_steps_per_second": rate * args.gradient_steps,
+                    }
+                )
             learning_steps += 1
 
         # Log, evaluate, save
