@@ -15,7 +15,8 @@ import numpy as np
 from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
 
 SCORE = "eval/time_at_goal_last5"
-NOTE = "Bands: 95% bootstrap over seeds. Stars: the paper's numbers (Brax physics, its own steps). Arm panels omitted."
+BANDS = "Bands: 95% bootstrap confidence intervals over seeds."
+NOTE = f"{BANDS} Stars: the paper's numbers (Brax physics, its own steps). Its arm panels are omitted."
 
 # The paper's final time at goal, by environment and depth (Table 1 for 4 and 64, read from Fig. 1 between).
 PAPER_FIG1 = {
@@ -81,7 +82,7 @@ def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal") -> None:
             ]
         axis.set(title=f"{env_id}\n{seeds_text(depths.values())}", xlabel="million environment steps", ylabel=label)
         axis.legend(frameon=False, fontsize=7)
-    save(figure, rows, out, NOTE)
+    save(figure, rows, out, NOTE if paper else BANDS)
 
 
 def finals(runs, out, x, series, xlabel, paper=None) -> None:
