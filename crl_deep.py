@@ -11,9 +11,10 @@ phi, psi and pi are residual networks; "depth" counts the Dense layers inside th
     h <- h + block(h),   block = 4 x (Dense, LayerNorm, Swish)
 Rhythm: 512 environments x 62 steps of data, then 800 gradient steps (1 per 40 environment steps).        -> `train`
 
-    python crl_deep.py                                  point mass, U-maze, 2 CPU cores: 3 minutes
-    python crl_deep.py --env-id ant_u4_maze --depth 16 --cudagraphs                     the paper's setting, one GPU
-    bash benchmark/crl_deep_fig1_depth.sh               Fig. 1 and Table 1; the other figures: benchmark/README.md
+    python crl_deep.py                        point mass, U-maze, 2 CPU cores, 3 minutes: one to three of 3 far goals
+    python crl_deep.py --env-id point_room    the same in an open room, 1 minute: at least 0.9 of 24 goals
+    python crl_deep.py --env-id ant_u4_maze --depth 16       Fig. 1, one GPU, hours; not run yet (paper: 140 of 1000)
+    SCALE=paper bash benchmark/crl_deep_fig1_depth.sh        all of Fig. 1, Table 1; the other figures: see README.md
 
 Where this differs from the official code, and why:
  1. The paper prints f = +||phi - psi||; its code uses the negative, as here.
@@ -27,7 +28,8 @@ Where this differs from the official code, and why:
  7. Batches of more than 639 draw further windows; officially they would silently do fewer gradient steps.
  8. --total-timesteps is honoured to one training step (3,133 of them in 100M); officially 100 epochs of 31 are run.
  9. psi(g) is computed once per gradient step; the actor's loss builds no gradient of phi's weights (both exact).
-10. The accuracy and the logits are logged; officially these are zeros. The flags `*_skip_connections` were dead there.
+10. Matrix products are in float32; on a GPU, JAX's default is TensorFloat-32 (--tf32).
+11. The accuracy and the logits are logged; officially these are zeros. The flags `*_skip_connections` were dead there.
 Kept as it is: the state after an episode's last action is not stored, so it is never a goal.
 Not in this file: arm tasks, collector and learner of different depth, other energies, quasimetric heads, acting by the
 best of K samples, the SAC / TD3 / HER / GCBC baselines.

@@ -293,8 +293,8 @@ def main() -> None:
         "fig10": embeddings,
         "fig11": lambda runs, out: curves(runs, out, {"ant_u_maze_gen_1f2f3f": PAPER_FIG11}),
         "fig12": lambda runs, out: finals(
-            runs, out, depth_of, lambda run: "actor at most 512", "critic depth",
-            {env: {"actor at most 512": scores} for env, scores in PAPER_FIG12.items()},
+            runs, out, depth_of, lambda run: "actor depth capped", "critic depth",
+            {env: {"actor depth capped": scores} for env, scores in PAPER_FIG12.items()},
         ),
         "fig16": lambda runs, out: finals(runs, out, depth_of, variant, "depth"),
         "fig17": residual_norms,
