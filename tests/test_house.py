@@ -87,3 +87,29 @@ def test_sweeps_stand_in_the_figure_table(path):
 def test_readmes_name_only_files_that_exist():
     for name in re.findall(r"(?:bash|python) ((?:benchmark|tests)/[\w/]+\.\w+|\w+\.py)", README):
         assert (ROOT / name).exists(), name
+
+
+def install(tmp_path, **programs):
+    """Runs install.sh, copied alone, with some programs on the PATH replaced by one-line shell scripts."""
+    shutil.copy(ROOT / "install.sh", tmp_path)
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name, body in programs.items():
+        (stubs / name.replace("_", ".")).write_text(f"#!/bin/sh\n{body}\n")
+        (stubs / name.replace("_", ".")).chmod(0o755)
+    environment = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "install.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert not (tmp_path / ".venv").exists()
+    return done
+
+
+def test_install_names_the_python_it_needs(tmp_path):
+    old = 'test "$1" = --version && echo Python 3.9.2 && exit 0; exit 1'
+    done = install(tmp_path, python3=old, python3_11=old, python3_12=old)
+    assert done.returncode == 1 and done.stderr == "install.sh: needs Python 3.11 or 3.12; found: Python 3.9.2\n"
+
+
+def test_install_names_the_packages_it_may_not_install(tmp_path):
+    done = install(tmp_path, ldconfig="exit 0", id="echo 1000", sudo="exit 1")
+    packages = "libegl1 libgl1-mesa-dri libglx-mesa0 libopengl0"
+    assert done.returncode == 1 and done.stderr == f"install.sh: please run: sudo apt-get install {packages}\n"
