@@ -532,6 +532,16 @@ def test_update_takes_exactly_the_three_gradients():
     assert all(p.requires_grad for p in agent.parameters())
 
 
+def test_no_gradient_is_computed_to_be_thrown_away():
+    """Every weight's gradient is computed once per update: phi's not for the actor's loss, psi's not twice."""
+    agent, optimizers, args = small_agent()
+    computed = {}
+    for name, parameter in agent.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: computed.update({name: computed.get(name, 0) + 1}))
+    crl.update(agent, optimizers, random_batch(), args)
+    assert computed == {name: 1 for name, _ in agent.named_parameters()}
+
+
 @pytest.mark.parametrize("entropy_coef, falls", [(50.0, True), (-50.0, False)])
 def test_temperature_falls_while_entropy_is_above_its_target(entropy_coef, falls):
     agent, optimizers, args = small_agent(entropy_coef=entropy_coef)
