@@ -754,16 +754,19 @@ def resolve_args(args: Args) -> Args:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    shape = ROBOTS[robot]
-    replay = min(args.buffer_size, args.total_timesteps) * 4 * (shape.state_dim + shape.action_dim + 1)
-    networks = 16 * args.batch_size**2  # bytes; per layer: weights, gradients, two moments, and three activations
-    for name in ("actor", "critic", "critic"):
-        width, layers = getattr(args, f"{name}_width"), getattr(args, f"{name}_depth") + 1
-        bytes_per_weight = 28 if args.cudagraphs else 16
-        networks += layers * width * (bytes_per_weight * (width + 3) + 12 * args.batch_size)
+    networks = 0  # per layer: weights, gradients and two moments (and their copies at capture), three activations
+    for width, depth in ((args.actor_width, args.actor_depth), *[(args.critic_width, args.critic_depth)] * 2):
+        networks += (depth + 1) * width * ((28 if args.cudagraphs else 16) * (width + 3) + 12 * args.batch_size)
+    step_size = 4 * (ROBOTS[robot].state_dim + ROBOTS[robot].action_dim + 1)
+    needed = {  # rough bytes, by the argument that asks for them
+        "buffer_size": min(args.buffer_size, args.total_timesteps) * step_size,
+        "depth": networks,
+        "batch_size": 16 * args.batch_size**2,
+        "eval_episodes": 2 * args.eval_episodes * args.episode_length * step_size,
+    }
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if args.buffer_device == "auto":
-        fits = args.device == "cuda" and not missing["cuda"] and replay + networks < 0.9 * memory("cuda")
+        fits = args.device == "cuda" and not missing["cuda"] and sum(needed.values()) < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
     value, episodes = vars(args), args.num_envs * args.episode_length
@@ -789,13 +792,13 @@ def resolve_args(args: Args) -> Args:
     for limit, names in wrong.items():
         for name in names:
             refuse(name, value[name], limit)
-    for device in {args.device, args.buffer_device} - {"mps"}:
-        needed = replay * (args.buffer_device == device) + networks * (args.device == device)
-        if needed > memory(device):
-            flag = "batch_size" if 16 * args.batch_size**2 > networks / 2 else "depth"
-            flag = "buffer_size" if replay * (args.buffer_device == device) > networks else flag
-            limit = f"the run needs about {needed / 1e9:.1f} GB, {device} has {memory(device) / 1e9:.1f} GB"
-            refuse(flag, getattr(args, flag), limit)
+    places = dict(buffer_size=args.buffer_device, depth=args.device, batch_size=args.device, eval_episodes="cpu")
+    for device in set(places.values()):
+        here = {name: needed[name] for name in needed if places[name] == device}
+        gigabytes, limit = sum(here.values()) / 1e9, memory(device) / 1e9
+        if gigabytes > limit:
+            name = max(here, key=here.get)
+            refuse(name, value[name], f"the run needs about {gigabytes:.1f} GB, {device} has {limit:.1f} GB")
     try:
         if args.track:
             import wandb  # noqa: F401

@@ -1,7 +1,9 @@
 """crl_deep.py: every formula, the environments and the replay, against hand-made values and brute force."""
 
+import contextlib
 import copy
 import math
+import unittest.mock
 from collections import deque
 
 import mujoco
@@ -583,6 +585,47 @@ def test_compile_equals_eager():
             metrics[compile] = crl.update(agent, optimizers, random_batch(), args)
     for name, value in metrics[False].items():
         torch.testing.assert_close(metrics[True][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_capture_does_to_warm_up_is_undone(resumed, monkeypatch):
+    """The rollback around a CUDA graph's capture, with CUDA's calls replaced by the CPU's: at the moment of capture
+    weights, Adam's state (fresh, or of a resumed run) and the random numbers are as before, at the same address."""
+    agent, optimizers, args = small_agent()
+    if resumed:
+        crl.update(agent, optimizers, random_batch(seed=5), args)
+
+    def state():
+        adam = [value for o in optimizers for s in o.state_dict()["state"].values() for value in s.values()]
+        return [p.detach() for p in agent.parameters()], adam, torch.get_rng_state()
+
+    class Graph(contextlib.AbstractContextManager):
+        def __init__(self, graph=None):
+            pass
+
+        def __enter__(self):
+            self.at_capture = copy.deepcopy(state())
+            assert all(parameter.grad is None for parameter in agent.parameters())
+            seen.append((self.at_capture, [value.data_ptr() for value in state()[1]]))
+
+        def __exit__(self, *_):
+            return None
+
+    seen = []
+    nothing = lambda *_: contextlib.nullcontext()  # noqa: E731
+    fakes = dict(get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state, stream=nothing, graph=Graph,
+                 CUDAGraph=Graph, Stream=unittest.mock.MagicMock, current_stream=unittest.mock.MagicMock())  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    weights, adam, rng = copy.deepcopy(state())
+    crl.capture_update(agent, optimizers, random_batch(), args)
+    (((weights_then, adam_then, rng_then), pointers),) = seen
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights_then, strict=True)) and torch.equal(rng, rng_then)
+    if resumed:
+        assert all(torch.equal(a, b) for a, b in zip(adam, adam_then, strict=True))
+    else:
+        assert not adam and adam_then and not any(value.any() for value in adam_then)
+    assert pointers == [value.data_ptr() for value in state()[1]]
 
 
 @pytest.mark.gpu

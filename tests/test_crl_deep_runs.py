@@ -258,6 +258,7 @@ def test_a_full_disk_keeps_the_old_file(capsys, monkeypatch):
         ("--track", "--track : needs Weights & Biases"),
         ("--learning-rate nan", "--learning-rate nan: must be greater than 0"),
         ("--batch-size 1000000", "--batch-size 1000000: the run needs about"),
+        ("--eval-episodes 100000000", "--eval-episodes 100000000: the run needs about"),
         ("--exp-name ../../x", "--exp-name ../../x: must not contain /"),
         ("--resume nowhere", "--resume nowhere: is not a run folder"),
     ],
