@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import plot_crl_deep  # noqa: E402
 import plotting  # noqa: E402
+
+import crl_deep  # noqa: E402
 
 
 def write_run(name, seed, values, tag="eval/time_at_goal_last5", every=10, **changes):
@@ -107,3 +110,23 @@ def test_a_sweep_from_command_to_picture(tmp_path):
     again = sweep()
     assert again.returncode == 1 and "1 runs failed" in again.stderr and "--resume" in again.stdout
     assert cut_off.exists() and not broken.exists()
+
+
+def test_film(monkeypatch, capsys):
+    """A run's episode as a video of the right length that shows something; one line where EGL is missing."""
+    import crl_deep_film
+    from moviepy import VideoFileClip
+
+    flags = (
+        "--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 2 --batch-size 8 --width 16 "
+        "--learning-starts 80 --total-timesteps 200 --buffer-size 200 --eval-episodes 3"
+    )
+    run_dir = crl_deep.train(crl_deep.parse_args(flags.split()))
+    with VideoFileClip(str(crl_deep_film.film(run_dir))) as clip:
+        assert clip.size == [640, 480] and clip.duration == pytest.approx(20 * 0.05, abs=0.1)
+        assert clip.get_frame(0).std() > 10
+    monkeypatch.setitem(sys.modules, "mujoco.egl", None)
+    monkeypatch.delattr(mujoco, "egl")
+    with pytest.raises(SystemExit) as stopped:
+        crl_deep_film.film(run_dir)
+    assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
