@@ -24,6 +24,14 @@ trap 'rm -f "$failures"' EXIT
 # Tiny runs of the point mass, for SCALE=smoke (in the room they learn a little)
 SMOKE="--total-timesteps 60000 --eval-every 10000 --batch-size 128 --width 32 --eval-episodes 32"
 
+depth_tiers() { # crl_deep.py's studies over depth, Figs. 5, 6 and 16: sets seeds, envs, depths and flags for this SCALE
+  case $SCALE in
+    smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;
+    small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
+    paper) seeds="1 2 3" envs="humanoid ant_big_maze" depths="4 8 16 32 64" flags="" ;;
+  esac
+}
+
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
   local script=$1 env=$2 exp=$3 seed=$4 dir
   local log="runs/logs/${env}__${exp}__${seed}.log"

@@ -3,11 +3,7 @@
 # Expect, at paper scale: both much worse, the more so the deeper. Paper: 3 seeds.
 source "$(dirname "$0")/common.sh"
 
-case $SCALE in
-  smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;
-  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
-  paper) seeds="1 2 3" envs="humanoid ant_big_maze" depths="4 8 16 32 64" flags="" ;;
-esac
+depth_tiers
 sweep crl_deep.py fig16 "$envs" "$seeds" $flags < <(
   for depth in $depths; do
     echo "d$depth-full --depth $depth"

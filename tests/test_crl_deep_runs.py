@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +312,17 @@ def test_a_checkpoint_holds_only_the_filled_part_of_the_ring(tmp_path):
     smaller = crl.Replay(10, 4, 29, 8, 2, torch.device("cpu"))
     smaller.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
     assert torch.equal(smaller.state[:, 0, 0], torch.arange(10.0))
+
+
+def test_track_starts_a_weights_and_biases_run(monkeypatch):
+    wandb = unittest.mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run_dir = run(*POINT, "--track", "--wandb-project-name", "mine", "--wandb-entity", "us")
+    (call,) = wandb.init.call_args_list
+    assert (call.kwargs["project"], call.kwargs["entity"], call.kwargs["name"]) == ("mine", "us", run_dir.name)
+    assert call.kwargs["sync_tensorboard"] and call.kwargs["config"]["num_envs"] == 4
+    run(*POINT)
+    assert wandb.init.call_count == 1
 
 
 @pytest.mark.parametrize("flag, tolerance", [("--amp", 0.2), ("--compile", 0.01)])
