@@ -140,6 +140,7 @@ TASKS = {
     "humanoid_u_maze": PAPER | dict(total_timesteps=400_000_000),
     "humanoid_big_maze": PAPER | dict(total_timesteps=400_000_000),
 }  # fmt: skip
+SCRIPT, ACTION_REPEAT = "crl_deep", 1
 # What may be given anew with --resume: it does not change what is learned.
 RESUMABLE = ("resume total_timesteps device buffer_device num_threads eval_every eval_episodes checkpoint_every "
              "checkpoint_replay track wandb_project_name wandb_entity save_model log_residual_norms "
@@ -600,8 +601,9 @@ def update(agent, optimizers, batch, args) -> dict:
     return metrics | {"losses/entropy": entropy, "losses/alpha_value": alpha}
 
 
-def capture_update(agent, optimizers, batch, args):
-    """Captures `update` in a CUDA graph -> a function of a batch that replays it and overwrites the same metrics.
+def capture_update(step, agent, optimizers, batch, args):
+    """Captures step(agent, optimizers, batch, args) in a CUDA graph -> a function of a batch that replays it and
+    overwrites the same metrics.
 
     Capture needs a few real updates first (Adam creates its state, libraries choose kernels). What they did to weights,
     Adam and random numbers is undone in place, because a graph keeps addresses.
@@ -613,7 +615,7 @@ def capture_update(agent, optimizers, batch, args):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            update(agent, optimizers, static, args)
+            step(agent, optimizers, static, args)
     torch.cuda.current_stream().wait_stream(stream)
     agent.load_state_dict(weights)
     for optimizer, saved in zip(optimizers, moments):
@@ -624,7 +626,7 @@ def capture_update(agent, optimizers, batch, args):
     torch.cuda.set_rng_state(rng)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        metrics = update(agent, optimizers, static, args)
+        metrics = step(agent, optimizers, static, args)
 
     def replay(batch):
         for buffer, value in zip(static, batch):
@@ -722,7 +724,7 @@ def embeddings(agent, record, device) -> dict:
 # === Arguments and files ==============================================================================================
 def refuse(flag: str, value: object, limit: str) -> None:
     """Ends the program for a user's mistake: one line on stderr, exit code 2."""
-    print(f"crl_deep.py: error: --{flag.replace('_', '-')} {value}: {limit}", file=sys.stderr)
+    print(f"{SCRIPT}.py: error: --{flag.replace('_', '-')} {value}: {limit}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -817,11 +819,12 @@ def parse_args(command_line: list) -> Args:
         refuse("resume", args.resume, "is not a run folder with args.json and checkpoint.pt")
     try:
         description = json.loads(path.read_text())
-        saved = Args(**description["args"]) if description["script"] == "crl_deep" else None
+        if description["script"] != SCRIPT:
+            refuse("resume", args.resume, f"is a run of another script ({description['script']})")
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in description["args"].items()}
+        saved = Args(**saved)
     except (ValueError, KeyError, TypeError) as error:
         refuse("resume", args.resume, f"has an args.json that this version cannot read ({error})")
-    if saved is None:
-        refuse("resume", args.resume, f"is a run of another script ({description['script']})")
     args = tyro.cli(Args, args=command_line, default=saved)
     for name in [field.name for field in fields(Args) if field.name not in RESUMABLE]:
         if getattr(args, name) != getattr(saved, name):
@@ -843,17 +846,26 @@ def save_file(path: Path, content) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        print(f"crl_deep.py: error: could not write {path}: {error}", file=sys.stderr)
+        print(f"{SCRIPT}.py: error: could not write {path}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """A run's checkpoint.pt: tensors and plain Python only."""
+    try:
+        return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        refuse("resume", str(run_dir), f"has a checkpoint.pt that cannot be read ({type(error).__name__})")
 
 
 def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryWriter:
     """Creates the run's folder with args.json. What a killed part of it had logged from first_step on is dropped."""
     run_dir.mkdir(parents=True, exist_ok=first_step is not None)
     git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
-    versions = {module.__name__: module.__version__ for module in (torch, mujoco, gymnasium, np)}
+    modules = [module for module in globals().values() if hasattr(module, "__version__")]
+    versions = {module.__name__: str(module.__version__) for module in modules}
     versions |= {"python": platform.python_version(), "git": git}
-    description = dict(script="crl_deep", action_repeat=1, args=asdict(args), versions=versions)
+    description = dict(script=SCRIPT, action_repeat=ACTION_REPEAT, args=asdict(args), versions=versions)
     save_file(run_dir / "args.json", description)
     if args.track:
         import wandb
@@ -896,10 +908,7 @@ def train(args: Args) -> Path:
 
     if args.resume:
         run_dir = Path(args.resume)
-        try:
-            saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        except Exception as error:
-            refuse("resume", args.resume, f"has a checkpoint.pt that cannot be read ({type(error).__name__})")
+        saved = load_checkpoint(run_dir)
         global_step, gradient_steps = saved["global_step"], saved["gradient_steps"]
         if global_step > args.total_timesteps:
             refuse("total_timesteps", args.total_timesteps, f"the run has already taken {global_step} steps")
@@ -980,7 +989,7 @@ def train(args: Args) -> Path:
             for indices in zip(*replay.sample(args.gradient_steps, args.batch_size, args.episode_length, args.gamma)):
                 batch = [x.to(device) for x in replay.gather(*indices)]
                 if args.cudagraphs:
-                    captured = captured or capture_update(agent, optimizers, batch, args)
+                    captured = captured or capture_update(update, agent, optimizers, batch, args)
                     metrics = captured(batch)
                 else:
                     metrics = update(agent, optimizers, batch, args)

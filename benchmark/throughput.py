@@ -67,7 +67,7 @@ def measure_update(depth, variant, options) -> dict:
     indices = replay.sample(steps, args.batch_size, 1000, args.gamma)
     step = crl.update
     if args.cudagraphs:
-        captured = crl.capture_update(agent, optimizers, replay.gather(*(x[0] for x in indices)), args)
+        captured = crl.capture_update(crl.update, agent, optimizers, replay.gather(*(x[0] for x in indices)), args)
 
     def work():
         for index in zip(*indices):

@@ -618,7 +618,7 @@ def test_what_capture_does_to_warm_up_is_undone(resumed, monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     weights, adam, rng = copy.deepcopy(state())
-    crl.capture_update(agent, optimizers, random_batch(), args)
+    crl.capture_update(crl.update, agent, optimizers, random_batch(), args)
     (((weights_then, adam_then, rng_then), pointers),) = seen
     assert all(torch.equal(a, b) for a, b in zip(weights, weights_then, strict=True)) and torch.equal(rng, rng_then)
     if resumed:
@@ -642,7 +642,7 @@ def test_cudagraphs_equal_eager_and_draw_anew():
         before = [p.detach().clone() for p in agent.parameters()]
         step = crl.update
         if captured:
-            replay = crl.capture_update(agent, optimizers, batch, args)
+            replay = crl.capture_update(crl.update, agent, optimizers, batch, args)
             untouched = [torch.equal(p, b) for p, b in zip(agent.parameters(), before, strict=True)]
             assert all(untouched)  # capture left no trace
             pointers = [p.data_ptr() for p in agent.parameters()]
