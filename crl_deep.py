@@ -776,7 +776,8 @@ def resolve_args(args: Args) -> Args:
     same_robot = args.eval_env_id.split("_")[0] == args.env_id.split("_")[0]
     wrong = {  # limit -> the arguments that break it
         "must be greater than 0": [n for n in ("depth", *defaults, "repr_dim", "eval_episodes") if not value[n] > 0],
-        "must not be negative": [n for n in ("seed", "num_threads", "logsumexp_coef") if not value[n] >= 0],
+        "must lie between 0 and 2**32 - 1": ["seed"] * (not 0 <= args.seed < 2**32),
+        "must not be negative": [n for n in ("num_threads", "logsumexp_coef") if not value[n] >= 0],
         "must be a multiple of 4: a block has 4 Dense layers":
             [n for n in ("depth", "actor_depth", "critic_depth") if value[n] % 4],
         "must not contain /": ["exp_name"] * ("/" in args.exp_name),
@@ -850,17 +851,31 @@ def save_file(path: Path, content) -> None:
         raise SystemExit(1) from None
 
 
-def load_checkpoint(run_dir: Path) -> dict:
+def fixed_args(args: Args) -> dict:
+    """The arguments that a resumed run keeps."""
+    return {name: value for name, value in asdict(args).items() if name not in RESUMABLE}
+
+
+def load_checkpoint(run_dir: Path, args: Args) -> dict:
     """A run's checkpoint.pt: tensors and plain Python only."""
     try:
-        return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        same = saved["args"] == fixed_args(args)
     except Exception as error:
         refuse("resume", str(run_dir), f"has a checkpoint.pt that cannot be read ({type(error).__name__})")
+    if not same:
+        refuse("resume", str(run_dir), "has a checkpoint.pt of another run")
+    if saved["global_step"] > args.total_timesteps:
+        refuse("total_timesteps", args.total_timesteps, f"the run has already taken {saved['global_step']} steps")
+    return saved
 
 
 def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryWriter:
     """Creates the run's folder with args.json. What a killed part of it had logged from first_step on is dropped."""
-    run_dir.mkdir(parents=True, exist_ok=first_step is not None)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=first_step is not None)
+    except OSError as error:
+        refuse("exp_name", args.exp_name, f"cannot create the folder {run_dir} ({error.strerror})")
     git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
     modules = [module for module in globals().values() if hasattr(module, "__version__")]
     versions = {module.__name__: str(module.__version__) for module in modules}
@@ -908,10 +923,8 @@ def train(args: Args) -> Path:
 
     if args.resume:
         run_dir = Path(args.resume)
-        saved = load_checkpoint(run_dir)
+        saved = load_checkpoint(run_dir, args)
         global_step, gradient_steps = saved["global_step"], saved["gradient_steps"]
-        if global_step > args.total_timesteps:
-            refuse("total_timesteps", args.total_timesteps, f"the run has already taken {global_step} steps")
         if global_step + steps_per_unroll > args.total_timesteps:
             print(f"{run_dir} has already taken {global_step} steps; --total-timesteps makes it go on")
         agent.load_state_dict(saved["agent"])
@@ -958,7 +971,8 @@ def train(args: Args) -> Path:
         writer.flush()
         cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
         save_file(run_dir / "checkpoint.pt", dict(
-            agent=agent.state_dict(), optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
+            args=fixed_args(args), agent=agent.state_dict(),
+            optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
             envs=envs.state_dict(), replay=replay.state_dict() if args.checkpoint_replay else None,
             global_step=global_step, gradient_steps=gradient_steps, eval_history=eval_history,
             walltime=walltime + time.time() - start_time, rng=torch.get_rng_state(), cuda_rng=cuda_rng))  # fmt: skip

@@ -147,11 +147,12 @@ class Args:
     cudagraphs: bool = False  # capture the whole update in one CUDA graph and replay it per batch
 
 
-# The paper's values (Tables 1 and 2; dopamine's dqn.gin), and those of CleanRL's dqn_atari.py
+# The paper's values (Tables 1 and 2; dopamine's dqn.gin), where exploration decays once learning has begun, and those
+# of CleanRL's dqn_atari.py, where it lasts a tenth of the run: 1M steps by default.
 PROTOCOLS = {
     "dopamine": dict(
         sticky_actions=0.25, terminal_on_life_loss=False, noop_max=0, fire_reset=False, learning_starts=20_000,
-        learning_rate=6.25e-5, adam_eps=1.5e-4, loss="huber", target_network_frequency=8000, exploration_starts=20_000,
+        learning_rate=6.25e-5, adam_eps=1.5e-4, loss="huber", target_network_frequency=8000, exploration_starts=None,
         exploration_steps=250_000, padding="same", init="xavier"),
     "cleanrl": dict(
         sticky_actions=0.0, terminal_on_life_loss=True, noop_max=30, fire_reset=True, learning_starts=80_000,
@@ -161,9 +162,10 @@ PROTOCOLS = {
 SCRIPT, ACTION_REPEAT = "redo_dqn_atari", 4
 UPDATE_PERIOD = 4  # steps between bursts of gradient steps
 # What may be given anew with --resume: it does not change what is learned.
-RESUMABLE = ("resume total_timesteps device buffer_device eval_every eval_steps eval_envs checkpoint_every "
-             "checkpoint_replay track wandb_project_name wandb_entity save_model log_every compile "
-             "cudagraphs").split()  # fmt: skip
+RESUMABLE = ("resume total_timesteps device buffer_device eval_every eval_steps eval_envs eval_epsilon "
+             "checkpoint_every checkpoint_replay track wandb_project_name wandb_entity save_model log_every compile "
+             "cudagraphs torch_deterministic dormant_every dormant_tau dormant_batch_size "
+             "rank_batch_size").split()  # fmt: skip
 
 
 # === Environment ======================================================================================================
@@ -218,8 +220,9 @@ class FrameReplay:
         self.record = torch.empty((capacity, 4), device=device)
         self.start = torch.empty(capacity, dtype=torch.int64, device=device)
         self.num_frames = self.num_transitions = self.age = 0
-        self.last_frames = deque()  # episodes' last frames that are still in the ring: no transition starts there
-        self.gone = 0  # and how many of them are not any more
+        # No transition starts in an episode's last frame, so frame n starts transition n - (last frames before n)
+        self.last_frames = deque()  # the last frames that can still be reached
+        self.gone = 0  # how many can not any more
 
     def _append(self, frame, age: int) -> None:
         slot, self.age = self.num_frames % self.capacity, age
@@ -258,9 +261,12 @@ class FrameReplay:
         return self.frames[(index[:, None] - back) % self.capacity] * inside[:, :, None, None]
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple:
-        """Uniform -> obs (batch, stack, height, width), action (batch,), reward (batch,): of n steps, discounted;
-        discount (batch,): gamma^n, less where the episode ended earlier, 0 where it terminated; next_obs."""
-        draw = torch.randint(*self.valid(), (batch_size,), generator=generator, device=self.start.device)
+        """Uniform, drawn from a generator on the CPU -> obs (batch, stack, height, width), action (batch,), reward
+        (batch,) of n steps, discounted, discount (batch,), next_obs.
+
+        discount is gamma^n, a smaller power where the episode ended earlier, 0 where it terminated.
+        """
+        draw = torch.randint(*self.valid(), (batch_size,), generator=generator).to(self.start.device)
         first = index = self.start[draw % self.capacity]
         reward, discount = torch.zeros(batch_size, device=index.device), torch.ones(batch_size, device=index.device)
         for _ in range(self.n_step):
@@ -336,6 +342,10 @@ class QNetwork(nn.Module):
             layer.bias.zero_()
             if self.inits[name] == "torch":
                 layer.bias.uniform_(-1, 1, generator=generator).div_(math.sqrt(layer.weight[0].numel()))
+
+    def parameters_of(self, name) -> list:
+        """A layer's weight, its bias, and its normalisation's scale and shift."""
+        return [*self.layers[name].parameters(), *(self.norms[name].parameters() if name in self.norms else ())]
 
     def neurons(self, count: int) -> int:
         return math.ceil(count * self.width)
@@ -440,7 +450,10 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def feature_rank(features: torch.Tensor, delta: float = 0.01) -> torch.Tensor:
-    """How many singular values of (batch, neurons) hold a share 1 - delta of their sum (Kumar et al. 2021; Table 7)."""
+    """How many singular values of (batch, neurons) hold a share 1 - delta of their sum (Kumar et al. 2021; Table 7);
+    NaN where a feature is not finite."""
+    if not features.isfinite().all():
+        return torch.tensor(math.nan)
     share = torch.linalg.svdvals(features.float()).cumsum(0)
     return (share < (1 - delta) * share[-1]).sum() + 1
 
@@ -450,30 +463,25 @@ def inspect(q_network, obs, history: dict, args) -> tuple:
     """What is logged about the network, on states obs (rank_batch_size, 4, 84, 84) -> metrics, scores by layer.
 
     Dormant ratios and overlaps are taken over the first dormant_batch_size states, the noise floor of the overlap
-    between them and as many others, the rank over all. `history` holds the masks of earlier looks and is updated.
+    between them and as many others, the rank over all. `history` holds the masks of the previous look, of the first one
+    (anchor) and of all (union), and is updated.
     """
     activations, n = q_network(obs)[1], args.dormant_batch_size
-    scores = {name: dormant_score(h[:n]) for name, h in activations.items()}
+    scores, others = (
+        {k: dormant_score(h[part]) for k, h in activations.items()} for part in (slice(n), slice(n, 2 * n))
+    )
+    for each in (scores, others):
+        each["all"] = torch.cat(list(each.values()))
     metrics = {"plasticity/feature_rank/dense": feature_rank(activations["dense"])}
-    for tau in args.dormant_tau:
-        masks = {name: score <= tau for name, score in scores.items()}
-        masks["all"] = torch.cat(list(masks.values()))
+    for name, score in scores.items():
+        for tau in args.dormant_tau:
+            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = (score <= tau).float().mean()
+    masks, noise = ({k: score <= args.dormant_tau[0] for k, score in each.items()} for each in (scores, others))
+    for kind, reference in (history | {"noise_floor": noise}).items():
         for name, mask in masks.items():
-            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = mask.float().mean()
-
-    tau = args.dormant_tau[0]
-    masks = {name: score <= tau for name, score in scores.items()}
-    others = {name: dormant_mask(h[n : 2 * n], tau) for name, h in activations.items()}
-    for current in (masks, others):
-        current["all"] = torch.cat(list(current.values()))
-    history.setdefault("anchor", masks)  # the first look
-    for name, mask in masks.items():
-        references = {kind: history[kind][name] for kind in ("previous", "anchor", "union") if kind in history}
-        for kind, reference in (references | {"noise_floor": others[name]}).items():
-            metrics[f"plasticity/overlap_{kind}/{name}"] = overlap(mask, reference)
-    union = history.get("union", masks)
-    history.update(previous=masks, union={name: mask | union[name] for name, mask in masks.items()})
-
+            metrics[f"plasticity/overlap_{kind}/{name}"] = overlap(mask, reference[name])
+    union = {name: mask | history.get("union", masks)[name] for name, mask in masks.items()}
+    history.update(previous=masks, anchor=history.get("anchor", masks), union=union)
     for name, layer in q_network.layers.items():
         metrics[f"plasticity/weight_norm/{name}"] = layer.weight.norm()
         if layer.weight.grad is not None:  # of the last update
@@ -525,42 +533,56 @@ def forget(optimizer, parameter, mask) -> None:
 
 
 def reset_adam_step(q_network, optimizer) -> None:
-    """Zeroes Adam's step count of every tensor but the head's bias: all learning rates warm up again, from a third."""
+    """Zeroes Adam's step count of every tensor but the head's bias.
+
+    With moments kept, the next updates shrink to 0.32, 0.15, 0.31, 0.63, 0.80 of themselves after 1, 10, 100, 500, 1000
+    steps: a learning-rate warm-up that a public port of ReDo has by accident. Here it is a control.
+    """
     for parameter, state in optimizer.state.items():
         if parameter is not q_network.layers["head"].bias:
             state["step"].zero_()
 
 
 @torch.no_grad()
+def redraw(q_network, name, mask, generator) -> None:
+    """Starts a layer's neurons (mask) anew, in place: incoming weights drawn from their initial distribution, biases 0,
+    a normalisation's scale 1 and shift 0."""
+    layer = q_network.layers[name]
+    fresh = torch.empty(layer.weight.shape)
+    draw_weights(fresh, q_network.inits[name], generator)
+    rows = mask.view(-1, *[1] * (fresh.dim() - 1))
+    layer.weight.copy_(torch.where(rows, fresh.to(mask.device), layer.weight))
+    layer.bias.masked_fill_(mask, 0)
+    if name in q_network.norms:
+        q_network.norms[name].weight.masked_fill_(mask, 1)
+        q_network.norms[name].bias.masked_fill_(mask, 0)
+
+
+@torch.no_grad()
 def recycle(q_network, optimizer, obs, args, generator) -> dict:
     """ReDo (Algorithm 1), in place, on states obs (batch, 4, 84, 84) -> metrics.
 
-    All masks come from one forward pass; then all incoming weights are drawn anew (biases 0, a normalisation's scale 1
-    and shift 0), then all outgoing weights become 0, so a weight between two recycled neurons ends as 0. With
-    layer_norm the output may change even at tau 0: one neuron's weights move the others' normalisation.
+    All masks come from one forward pass; then all incoming weights are drawn anew, then all outgoing weights become 0,
+    so a weight between two recycled neurons ends as 0. With layer_norm the output may change even at tau 0: one
+    neuron's weights move the others' normalisation.
     """
     q_before, activations = q_network(obs)
     masks = {name: dormant_mask(activations[name], args.redo_tau) for name in q_network.reader}
-    with_bias = args.redo_adam in ("moments+tensor-step", "per-element")
     for name, mask in masks.items():
-        layer = q_network.layers[name]
-        rows = mask.view(-1, *[1] * (layer.weight.dim() - 1))
-        fresh = torch.empty(layer.weight.shape)
-        draw_weights(fresh, q_network.inits[name], generator)
-        layer.weight.copy_(torch.where(rows, fresh.to(mask.device), layer.weight))
-        affine = [(layer.bias, 0)]
-        if name in q_network.norms:
-            affine += [(q_network.norms[name].weight, 1), (q_network.norms[name].bias, 0)]
-        for parameter, value in affine:
-            parameter.masked_fill_(mask, value)
-            if with_bias:
-                forget(optimizer, parameter, mask)
-        if args.redo_adam != "none":
-            forget(optimizer, layer.weight, rows)
+        redraw(q_network, name, mask, generator)
+        for parameter in q_network.parameters_of(name):
+            if (
+                args.redo_adam in ("moments+tensor-step", "per-element")
+                or args.redo_adam == "moments"
+                and parameter.dim() > 1
+            ):
+                forget(optimizer, parameter, mask.view(-1, *[1] * (parameter.dim() - 1)))
     for name, mask in masks.items():
         weight = q_network.layers[q_network.reader[name]].weight
         positions = weight.shape[1] // len(mask)  # a feature map feeds height x width consecutive columns of `dense`
-        columns = mask.repeat(positions) if args.redo_compat_flatten else mask.repeat_interleave(positions)
+        columns = mask.repeat_interleave(positions)
+        if args.redo_compat_flatten:  # as if a position's channels, not a channel's positions, were consecutive
+            columns = columns.view(positions, -1).T.flatten()
         columns = columns.view(1, -1, *[1] * (weight.dim() - 2))
         weight.masked_fill_(columns, 0)
         if args.redo_adam != "none":
@@ -576,12 +598,9 @@ def recycle(q_network, optimizer, obs, args, generator) -> dict:
 def reset_layers(q_network, optimizer, names, generator) -> None:
     """The reset baseline (Nikishin et al. 2022): draws whole layers anew, biases 0, Adam's moments 0, in place."""
     for name in names:
-        layer = q_network.layers[name]
-        fresh = torch.empty(layer.weight.shape)
-        draw_weights(fresh, q_network.inits[name], generator)
-        layer.weight.copy_(fresh)
-        layer.bias.zero_()
-        for parameter in layer.parameters():
+        everything = torch.ones_like(q_network.layers[name].bias, dtype=torch.bool)
+        redraw(q_network, name, everything, generator)
+        for parameter in q_network.parameters_of(name):
             forget(optimizer, parameter, torch.ones_like(parameter, dtype=torch.bool))
 
 
@@ -623,11 +642,11 @@ def epsilon_at(step: int, args) -> float:
     return args.start_e + progress * (args.end_e - args.start_e)
 
 
-def play_episodes(q_network, games, args, draw: int, device) -> dict:
+def play_episodes(q_network, games, args, draw: int, device, stop=()) -> dict:
     """Whole episodes at eval_epsilon, at least eval_steps steps -> metrics. Draws no random number from torch.
 
     Each of the games played side by side begins new episodes until it has had its share of the steps. `draw` numbers
-    the evaluation: it seeds emulators and random actions.
+    the evaluation: it seeds emulators and random actions. A signal in the list `stop` ends it: no metrics.
     """
     rng, n, fire = np.random.default_rng((args.seed, 1, draw)), games.num_envs, fire_button(games, args)
     obs, info = games.reset(seed=rng.integers(2**31, size=n))
@@ -647,6 +666,8 @@ def play_episodes(q_network, games, args, draw: int, device) -> dict:
             episode_return[done], episode_length[done], lost_life[done] = 0, 0, False
             seeds = rng.integers(2**31, size=done.sum())
             obs, info = games.reset(seed=seeds, options={"reset_mask": done})
+        if stop:
+            return {}
     returns, lengths = np.array(finished, float).T
     return {
         "eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean(), "eval/episodes": len(returns),
@@ -715,15 +736,16 @@ def resolve_args(args: Args) -> Args:
             refuse("padding", "valid", "the ResNet's convolutions are always padded (same)")
         args.padding = "same"
     defaults = PROTOCOLS[args.protocol] | dict(redo_tau=0.025 if args.replay_ratio == 0.25 else 0.1)
-    if args.protocol == "dopamine" and args.learning_starts is not None:
-        defaults["exploration_starts"] = args.learning_starts
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if args.exploration_starts is None:
+        args.exploration_starts = args.learning_starts
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     replay_bytes = min(args.buffer_size, 2 * args.total_timesteps) * (84 * 84 + 24)
-    work_bytes = 2e9 * max(1, args.width) * args.rank_batch_size / 2048  # networks, Adam, the largest forward pass
+    largest_batch = max(args.batch_size, args.redo_batch_size, args.rank_batch_size)
+    work_bytes = max(1, args.width) * (3e8 + 8e5 * largest_batch)  # libraries, networks, Adam; activations
     if args.buffer_device == "auto":
         fits = args.device == "cuda" and not missing["cuda"] and replay_bytes + work_bytes < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
@@ -736,8 +758,12 @@ def resolve_args(args: Args) -> Args:
             "max_episode_steps", "exploration_steps", "redo_period_gradient_steps", "redo_batch_size", "eval_every",
             "reset_period_gradient_steps", "eval_steps", "eval_envs", "dormant_every", "dormant_batch_size",
             "log_every", "checkpoint_every") if not value[n] > 0],
+        "must lie between 0 and 2**32 - 1": ["seed"] * (not 0 <= args.seed < 2**32),
+        f"must be at most --learning-starts {args.learning_starts}": [n for n in (
+            "batch_size", "redo_batch_size") if value[n] > args.learning_starts],
+        "must be at most 27000, 30 minutes": [n for n in ("max_episode_steps", "noop_max") if value[n] > 27_000],
         "must not be negative": [n for n in (
-            "seed", "noop_max", "weight_decay", "redo_tau", "exploration_starts") if not value[n] >= 0],
+            "noop_max", "weight_decay", "redo_tau", "exploration_starts") if not value[n] >= 0],
         "must be less than 64": ["width"] * (args.width >= 64),
         "must hold thresholds that are not negative":
             ["dormant_tau"] * (not args.dormant_tau or not all(tau >= 0 for tau in args.dormant_tau)),
@@ -762,12 +788,13 @@ def resolve_args(args: Args) -> Args:
             refuse(name, value[name], limit)
     if args.buffer_size < 2 * (args.n_step + 4):
         refuse("buffer_size", args.buffer_size, f"is too small for --n-step {args.n_step}")
-    for flag, device, needed in (
-        ("buffer_size", args.buffer_device, replay_bytes), ("rank_batch_size", args.device, work_bytes),
-    ):  # fmt: skip
-        if needed > memory(device):
-            limit = f"needs about {needed / 1e9:.1f} GB, {device} has {memory(device) / 1e9:.1f} GB"
-            refuse(flag, value[flag], limit)
+    needed = {args.device: work_bytes}
+    needed[args.buffer_device] = needed.get(args.buffer_device, 0) + replay_bytes
+    for device, total in needed.items():
+        if total > memory(device):
+            name = "buffer_size" if device == args.buffer_device and replay_bytes > work_bytes else "rank_batch_size"
+            limit = f"the run needs about {total / 1e9:.1f} GB, {device} has {memory(device) / 1e9:.1f} GB"
+            refuse(name, value[name], limit)
     try:
         if args.track:
             import wandb  # noqa: F401
@@ -817,17 +844,31 @@ def save_file(path: Path, content) -> None:
         raise SystemExit(1) from None
 
 
-def load_checkpoint(run_dir: Path) -> dict:
+def fixed_args(args: Args) -> dict:
+    """The arguments that a resumed run keeps."""
+    return {name: value for name, value in asdict(args).items() if name not in RESUMABLE}
+
+
+def load_checkpoint(run_dir: Path, args: Args) -> dict:
     """A run's checkpoint.pt: tensors and plain Python only."""
     try:
-        return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        same = saved["args"] == fixed_args(args)
     except Exception as error:
         refuse("resume", str(run_dir), f"has a checkpoint.pt that cannot be read ({type(error).__name__})")
+    if not same:
+        refuse("resume", str(run_dir), "has a checkpoint.pt of another run")
+    if saved["global_step"] > args.total_timesteps:
+        refuse("total_timesteps", args.total_timesteps, f"the run has already taken {saved['global_step']} steps")
+    return saved
 
 
 def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryWriter:
     """Creates the run's folder with args.json. What a killed part of it had logged from first_step on is dropped."""
-    run_dir.mkdir(parents=True, exist_ok=first_step is not None)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=first_step is not None)
+    except OSError as error:
+        refuse("exp_name", args.exp_name, f"cannot create the folder {run_dir} ({error.strerror})")
     git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
     modules = [module for module in globals().values() if hasattr(module, "__version__")]
     versions = {module.__name__: str(module.__version__) for module in modules}
@@ -853,14 +894,13 @@ def train(args: Args) -> Path:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     device = torch.device(args.device)
 
     games, eval_games = make_games(args, 1), make_games(args, args.eval_envs)
     num_actions, fire = int(games.single_action_space.n), fire_button(games, args)
-    channels_last = args.amp or device.type == "cpu"
-    agent = DQNAgent(num_actions, args).to(
-        device, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    layout = torch.channels_last if args.amp or device.type == "cpu" else torch.contiguous_format
+    agent = DQNAgent(num_actions, args).to(device, memory_format=layout)
     if args.compile:  # once per batch size and kind of gradient
         torch._dynamo.config.recompile_limit = 32
         agent.q_network.compile(dynamic=False)
@@ -868,24 +908,24 @@ def train(args: Args) -> Path:
     q_network, optimizer = agent.q_network, make_optimizer(agent, args, device)
     capacity = min(args.buffer_size, 2 * args.total_timesteps)  # an episode's last frame takes a place, too
     replay = FrameReplay(capacity, args.buffer_device, args.n_step, args.gamma)
-    # Three streams of random numbers, so that looking at the network or recycling does not change the batches
+    # Streams of random numbers of their own, so that looking at the network or recycling does not change the batches
     action_rng = np.random.default_rng((args.seed, 2))
-    sample_rng, probe_rng = (torch.Generator(args.buffer_device).manual_seed(args.seed + i) for i in (0, 2**32))
-    weight_rng = torch.Generator().manual_seed(args.seed + 2**33)
-    generators = dict(sample=sample_rng, probe=probe_rng, weights=weight_rng)
+    rng = {name: torch.Generator() for name in ("batch", "redo", "look")}
+    for i, generator in enumerate(rng.values()):
+        generator.manual_seed(args.seed + i * 2**32)
 
     start = dict(global_step=0, gradient_steps=0, episode=0, episode_actions=[], history={}, walltime=0.0)
     start |= dict(learning_from=args.learning_starts, replay=None)
     if args.resume:
         run_dir = Path(args.resume)
-        start = load_checkpoint(run_dir)
-        if start["global_step"] > args.total_timesteps:
-            refuse("total_timesteps", args.total_timesteps, f"the run has already taken {start['global_step']} steps")
+        start = load_checkpoint(run_dir, args)
         agent.load_state_dict(start["agent"])
         optimizer.load_state_dict({"state": start["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        for p, state in optimizer.state.items():  # another device may want another memory layout
+            state.update({k: torch.empty_like(p).copy_(v) for k, v in state.items() if v.shape == p.shape})
         action_rng.bit_generator.state = start["action_rng"]
-        for name, generator in generators.items():
-            generator.set_state(start["generators"][name])
+        for name, generator in rng.items():
+            generator.set_state(start["rng"][name])
     else:
         name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
         run_dir = Path("runs") / name
@@ -918,38 +958,56 @@ def train(args: Args) -> Path:
     def request_stop(number, frame):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
+        os.write(2, b"\nsaving; once more to stop at once\n")
 
     def log(values):
         for tag, value in values.items():
             if math.isfinite(value):  # the overlap with an empty set is no number
                 writer.add_scalar(tag, float(value), global_step)
 
+    def not_training(function):  # its time does not count for the speed
+        def timed():
+            nonlocal paused
+            began = time.time()
+            result = function()
+            paused += time.time() - began
+            return result
+
+        return timed
+
+    @not_training
     def run_evaluation():
-        nonlocal paused
-        began = time.time()
-        result = play_episodes(q_network, eval_games, args, global_step, device)
+        result = play_episodes(q_network, eval_games, args, global_step, device, stop)
         log(result)
-        paused += time.time() - began
         return result
 
+    @not_training
+    def look():
+        probe = replay.sample(args.rank_batch_size, rng["look"])[0].to(device)
+        looked, scores = inspect(q_network, probe, history, args)
+        log(looked)
+        for name, score in scores.items():
+            writer.add_histogram(f"dormant_score/{name}", score.cpu().numpy(), global_step)
+
+    @not_training
     def save_checkpoint():
-        nonlocal paused
-        began = time.time()
         writer.flush()
         save_file(run_dir / "checkpoint.pt", dict(
-            agent=agent.state_dict(), optimizer=optimizer.state_dict()["state"], history=history,
+            args=fixed_args(args), agent=agent.state_dict(), optimizer=optimizer.state_dict()["state"], history=history,
             action_rng=action_rng.bit_generator.state,
-            generators={name: generator.get_state() for name, generator in generators.items()},
+            rng={name: generator.get_state() for name, generator in rng.items()},
             replay=replay.state_dict() if args.checkpoint_replay else None, obs=torch.from_numpy(obs),
             episode=episode, episode_actions=episode_actions, global_step=global_step, gradient_steps=gradient_steps,
-            learning_from=learning_from, walltime=walltime + began - start_time))  # fmt: skip
-        paused += time.time() - began
+            learning_from=learning_from, walltime=walltime + time.time() - start_time))  # fmt: skip
 
     handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, smoothing=0.05,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-    while global_step < args.total_timesteps:
+    while global_step < args.total_timesteps and not stop:
+        if global_step % args.eval_every == 0 and global_step:
+            run_evaluation()
+            if stop:
+                break  # resumed, the run evaluates here again
         # Act: the emulator plays this step in its own thread ...
         epsilon = epsilon_at(global_step, args)
         action = int(choose_action(q_network, obs, epsilon, action_rng, num_actions, device)[0])
@@ -958,9 +1016,10 @@ def train(args: Args) -> Path:
         games.send(np.array([action]))
 
         # Learn: ... while the network learns from the steps before it
+        events = {}
         if global_step > learning_from and global_step % UPDATE_PERIOD == 0:
             for _ in range(round(args.replay_ratio * UPDATE_PERIOD)):
-                batch = [x.to(device) for x in replay.sample(args.batch_size, sample_rng)]
+                batch = [x.to(device) for x in replay.sample(args.batch_size, rng["batch"])]
                 if args.cudagraphs:
                     captured = captured or capture_update(td_update, agent, [optimizer], batch, args)
                     metrics = captured(batch)
@@ -969,19 +1028,19 @@ def train(args: Args) -> Path:
                 gradient_steps += 1
                 if args.method == "reset":
                     if gradient_steps % args.reset_period_gradient_steps == 0:
-                        reset_layers(q_network, optimizer, args.reset_layers, weight_rng)
-                        log({"plasticity/reset": 1})
+                        reset_layers(q_network, optimizer, args.reset_layers, rng["redo"])
+                        events["plasticity/reset"] = 1
                 elif gradient_steps % args.redo_period_gradient_steps == 0:
                     if args.method == "redo":
-                        probe = replay.sample(args.redo_batch_size, probe_rng)[0].to(device)
-                        log(recycle(q_network, optimizer, probe, args, weight_rng))
+                        probe = replay.sample(args.redo_batch_size, rng["redo"])[0].to(device)
+                        events |= recycle(q_network, optimizer, probe, args, rng["redo"])
                     elif args.method == "adam-step-reset":
                         reset_adam_step(q_network, optimizer)
         if global_step > learning_from and global_step % args.target_network_frequency == 0:
             agent.update_target()
 
         # Observe
-        lives = info["lives"][0]
+        lives = info["lives"][0]  # of this episode
         episode_actions.append(action)
         obs, reward, terminated, truncated, info = games.recv()
         reward, done, lost_life = float(reward[0]), bool(terminated[0] | truncated[0]), info["lives"][0] < lives
@@ -990,13 +1049,14 @@ def train(args: Args) -> Path:
         global_step, episode_return = global_step + 1, episode_return + reward
         bar.update()
         if done:
-            log({"charts/episodic_return": episode_return, "charts/episodic_length": len(episode_actions)})
+            events |= {"charts/episodic_return": episode_return, "charts/episodic_length": len(episode_actions)}
             bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
             episode, episode_actions, episode_return, lost_life = episode + 1, [], 0.0, False
             obs, info = start_episode(games, args.seed, episode)
             replay.add_first(obs[0, -1])
 
-        # Log, look, evaluate, save
+        # Log, look, save
+        log(events)
         if global_step % args.log_every == 0:
             log(metrics | {
                 "charts/epsilon": epsilon, "charts/gradient_steps": gradient_steps,
@@ -1006,27 +1066,18 @@ def train(args: Args) -> Path:
                 log({"charts/SPS": (global_step - timer_step) / (time.time() - timer - paused)})
             timer_step, timer, paused = global_step, time.time(), 0.0
         if global_step % args.dormant_every == 0 and global_step >= learning_from:
-            began = time.time()
-            probe = replay.sample(args.rank_batch_size, probe_rng)[0].to(device)
-            looked, scores = inspect(q_network, probe, history, args)
-            log(looked)
-            for name, score in scores.items():
-                writer.add_histogram(f"dormant_score/{name}", score.cpu().numpy(), global_step)
-            paused += time.time() - began
-        if global_step % args.eval_every == 0 and global_step < args.total_timesteps:
-            run_evaluation()
-        if stop or global_step % args.checkpoint_every == 0:
+            look()
+        if global_step % args.checkpoint_every == 0:
             save_checkpoint()
-        if stop:
-            writer.close()
-            raise SystemExit(128 + stop[0])
 
-    result = run_evaluation()
+    result = None if stop else run_evaluation()
     save_checkpoint()
     writer.close()
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if stop:
+        raise SystemExit(128 + stop[0])
     if args.save_model:
         save_file(run_dir / "model.pt", agent.q_network.state_dict())
     summary = dict(global_step=global_step, gradient_steps=gradient_steps, walltime=walltime + time.time() - start_time)

@@ -32,12 +32,29 @@ depth_tiers() { # crl_deep.py's studies over depth, Figs. 5, 6 and 16: sets seed
   esac
 }
 
+# redo_dqn_atari.py: the paper's 17 games, the five of its appendix (which five is our guess), and tiny runs
+GAMES17=$(printf "ALE/%s-v5 " Asterix BeamRider Breakout DemonAttack DoubleDunk Enduro IceHockey Jamesbond MsPacman Pong \
+  Qbert RoadRunner Seaquest SpaceInvaders WizardOfWor YarsRevenge Zaxxon)
+GAMES5=$(printf "ALE/%s-v5 " Asterix Breakout DemonAttack Seaquest SpaceInvaders)
+ATARI_SMOKE="--total-timesteps 1200 --learning-starts 200 --exploration-steps 400 --max-episode-steps 200 --width 0.25
+  --eval-every 400 --eval-steps 200 --eval-envs 2 --dormant-every 200 --dormant-batch-size 32 --rank-batch-size 64
+  --log-every 100 --redo-period-gradient-steps 100 --reset-period-gradient-steps 300"
+
+atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets seeds, envs and flags for this SCALE
+  case $SCALE in
+    smoke) seeds=1 envs=ALE/DemonAttack-v5 flags=$ATARI_SMOKE ;;
+    small) seeds=1 envs=ALE/DemonAttack-v5 flags="--total-timesteps 1000000 --eval-every 100000 --eval-steps 50000" ;;
+    paper) seeds="1 2 3 4 5" envs=$1 flags="--total-timesteps $2" ;;
+  esac
+}
+
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
   local script=$1 env=$2 exp=$3 seed=$4 dir
-  local log="runs/logs/${env}__${exp}__${seed}.log"
+  local folder="${env//\//-}__${exp}__${seed}"
+  local log="runs/logs/$folder.log"
   shift 4
   local command=(python "$script" --env-id "$env" --exp-name "$exp" --seed "$seed" "$@" $EXTRA)
-  for dir in runs/"$env"__"$exp"__"$seed"__*/; do
+  for dir in runs/"$folder"__*/; do
     if [ -e "${dir}summary.json" ]; then
       echo "finished: $dir"
       return

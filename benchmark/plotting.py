@@ -85,9 +85,25 @@ def seeds_text(groups) -> str:
     return f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
 
-def panels(count: int, width: float = 3.4, height: float = 2.8) -> tuple:
-    """A figure with `count` panels in rows of at most four -> figure, list of axes."""
-    columns = min(count, 4)
+def iqm(games: list) -> np.ndarray:
+    """Interquartile mean: games, a list of (seeds, points) -> (points,), the mean of all runs of all games without the
+    lowest and the highest quarter of them, as rliable's aggregate_iqm."""
+    values = np.sort(np.concatenate(games), axis=0)
+    cut = len(values) // 4
+    return values[cut : len(values) - cut].mean(0)
+
+
+def stratified_bootstrap(games: list, statistic, samples: int = 2000) -> tuple:
+    """games, a list of (seeds, points) -> low, high (points,): the 95% interval of statistic(games) when the seeds are
+    drawn anew within every game."""
+    rng = np.random.default_rng(0)
+    draws = [statistic([game[rng.integers(len(game), size=len(game))] for game in games]) for _ in range(samples)]
+    return tuple(np.percentile(draws, [2.5, 97.5], axis=0))
+
+
+def panels(count: int, width: float = 3.4, height: float = 2.8, columns: int = 4) -> tuple:
+    """A figure with `count` panels in rows of at most `columns` -> figure, list of axes."""
+    columns = min(count, columns)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
     for axis in axes.flat[count:]:

@@ -3,58 +3,25 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import unittest.mock
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers import POINT, assert_same, checkpoint, scalars
 
 import crl_deep as crl
 
 SCRIPT = Path(crl.__file__)
-POINT = (
-    "--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 3 --batch-size 8 --width 16 "
-    "--learning-starts 80 --total-timesteps 600 --buffer-size 400 --eval-episodes 3 --eval-every 80 --num-threads 2"
-).split()
 ANT = ["--env-id", "ant_u_maze", *POINT]
 HUMANOID = ["--env-id", "humanoid", *POINT]
 
 
 def run(*flags):
-    return crl.train(crl.parse_args([str(flag) for flag in flags]))
-
-
-def checkpoint(run_dir):
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
-
-
-def assert_same(a, b, where="checkpoint"):
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key != "walltime":
-                assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}/{i}")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
-
-
-def scalars(run_dir):
-    """tag -> {global_step: value}, without the clocks."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    clocks = ("charts/SPS", "charts/gradient_steps_per_second", "charts/walltime")
-    return {t: {e.step: e.value for e in events.Scalars(t)} for t in events.Tags()["scalars"] if t not in clocks}
+    return helpers.run(crl, *flags)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -171,64 +138,6 @@ def test_resume_of_a_finished_run_only_finishes_it(capsys):
     assert (part / "value_map.npz").exists()
 
 
-# --- interruptions ----------------------------------------------------------------------------------------------------
-def start(*flags):
-    command = [sys.executable, str(SCRIPT), *POINT, "--total-timesteps", "10000000", "--buffer-size", "4000", *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, process, seconds=60):
-    deadline = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.time() < deadline
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_signals_save_and_exit(number):
-    process = start("--checkpoint-every", "100000000")
-    wait_for(lambda: list(Path("runs").glob("*/events*")), process)
-    time.sleep(1.5)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and "Traceback" not in errors
-    (run_dir,) = Path("runs").iterdir()
-    saved = checkpoint(run_dir)
-    assert saved["global_step"] > 0
-    resumed = run("--resume", run_dir, "--total-timesteps", saved["global_step"] + 80)
-    assert checkpoint(resumed)["global_step"] == saved["global_step"] + 80
-
-
-def test_killed_at_any_moment_leaves_a_whole_checkpoint():
-    rng = np.random.default_rng(0)
-    for attempt in range(3):
-        shutil.rmtree("runs", ignore_errors=True)
-        process = start("--checkpoint-every", "40")
-        wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")), process)
-        time.sleep(rng.uniform(0, 0.5))
-        process.kill()
-        process.communicate()
-        (run_dir,) = Path("runs").iterdir()
-        saved = checkpoint(run_dir)
-        if attempt == 0:
-            run("--resume", run_dir, "--total-timesteps", saved["global_step"] + 40)
-
-
-def test_a_full_disk_keeps_the_old_file(capsys, monkeypatch):
-    Path("checkpoint.pt").write_text("old")
-
-    def save(content, file):
-        file.write(b"half a che")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(SystemExit) as stopped:
-        crl.save_file(Path("checkpoint.pt"), {})
-    assert stopped.value.code == 1 and "No space left" in capsys.readouterr().err
-    assert Path("checkpoint.pt").read_text() == "old" and os.listdir() == ["checkpoint.pt"]
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "flags, message",
@@ -246,7 +155,8 @@ def test_a_full_disk_keeps_the_old_file(capsys, monkeypatch):
         ("--eval-episodes 0", "--eval-episodes 0: must be greater than 0"),
         ("--learning-rate 0", "--learning-rate 0.0: must be greater than 0"),
         ("--gamma 1.0", "--gamma 1.0: must lie between 0 and 1"),
-        ("--seed -1", "--seed -1: must not be negative"),
+        ("--seed -1", "--seed -1: must lie between 0 and 2**32 - 1"),
+        ("--seed 4294967296", "--seed 4294967296: must lie between"),
         ("--num-threads -2", "--num-threads -2: must not be negative"),
         ("--buffer-size 5000", "--buffer-size 5000: must hold an episode of every environment, 19200 steps"),
         ("--learning-starts 100", "--learning-starts 100: must lie between an episode of every environment, 19200"),
@@ -274,35 +184,6 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys, monkeypat
     assert os.listdir() == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no CUDA device")
-@pytest.mark.parametrize("flag", ["--device", "--buffer-device"])
-def test_missing_cuda(flag, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(flag, "cuda")
-    assert stopped.value.code == 2 and f"{flag} cuda: torch sees no such device" in capsys.readouterr().err
-
-
-def test_resume_of_what_is_no_run_of_this_script(capsys):
-    part = run(*POINT)
-    description = json.loads((part / "args.json").read_text())
-    checkpoint_file, args_file = part / "checkpoint.pt", part / "args.json"
-    whole = checkpoint_file.read_bytes()
-    for content, saved, flags, message in (
-        (json.dumps(description | {"script": "drm"}), whole, [], "is a run of another script (drm)"),
-        ("{", whole, [], "has an args.json that this version cannot read"),
-        (json.dumps(description | {"args": {"old_flag": 1}}), whole, [], "has an args.json that this version cannot"),
-        (json.dumps(description), whole[:1000], [], "has a checkpoint.pt that cannot be read"),
-        (json.dumps(description), whole, ["--total-timesteps", 400], "400: the run has already taken 600 steps"),
-    ):
-        args_file.write_text(content)
-        checkpoint_file.write_bytes(saved)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            run("--resume", part, *flags)
-        printed = capsys.readouterr().err
-        assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1
-
-
 def test_a_checkpoint_holds_only_the_filled_part_of_the_ring(tmp_path):
     replay = crl.Replay(100_000, 4, 29, 8, 2, torch.device("cpu"))
     for t in range(10):
@@ -312,17 +193,6 @@ def test_a_checkpoint_holds_only_the_filled_part_of_the_ring(tmp_path):
     smaller = crl.Replay(10, 4, 29, 8, 2, torch.device("cpu"))
     smaller.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
     assert torch.equal(smaller.state[:, 0, 0], torch.arange(10.0))
-
-
-def test_track_starts_a_weights_and_biases_run(monkeypatch):
-    wandb = unittest.mock.MagicMock()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run_dir = run(*POINT, "--track", "--wandb-project-name", "mine", "--wandb-entity", "us")
-    (call,) = wandb.init.call_args_list
-    assert (call.kwargs["project"], call.kwargs["entity"], call.kwargs["name"]) == ("mine", "us", run_dir.name)
-    assert call.kwargs["sync_tensorboard"] and call.kwargs["config"]["num_envs"] == 4
-    run(*POINT)
-    assert wandb.init.call_count == 1
 
 
 @pytest.mark.parametrize("flag, tolerance", [("--amp", 0.2), ("--compile", 0.01)])

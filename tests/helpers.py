@@ -1,0 +1,62 @@
+"""What the tests of whole runs share: running a script's command line, and comparing what runs left behind."""
+
+import time
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import crl_deep
+import redo_dqn_atari
+
+# Tiny runs: a few seconds each
+POINT = (
+    "--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 3 --batch-size 8 --width 16 "
+    "--learning-starts 80 --total-timesteps 600 --buffer-size 400 --eval-episodes 3 --eval-every 80 --num-threads 2"
+).split()
+ATARI = (
+    "--width 0.125 --padding valid --batch-size 8 --learning-starts 60 --total-timesteps 240 --buffer-size 250 "
+    "--replay-ratio 1 --exploration-steps 100 --max-episode-steps 50 --target-network-frequency 40 --eval-every 120 "
+    "--eval-steps 10 --eval-envs 1 --dormant-every 60 --dormant-batch-size 8 --rank-batch-size 16 --log-every 20 "
+    "--redo-period-gradient-steps 30 --redo-batch-size 8 --reset-period-gradient-steps 50"
+).split()
+TINY = {crl_deep: POINT, redo_dqn_atari: ATARI}  # script -> flags
+
+
+def run(script, *flags):
+    """The script's run folder, trained in this process."""
+    return script.train(script.parse_args([str(flag) for flag in flags]))
+
+
+def checkpoint(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(a, b, where="checkpoint"):
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key != "walltime":
+                assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def scalars(run_dir):
+    """tag -> {global_step: value}, without the clocks."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    clocks = ("charts/SPS", "charts/gradient_steps_per_second", "charts/walltime")
+    return {t: {e.step: e.value for e in events.Scalars(t)} for t in events.Tags()["scalars"] if t not in clocks}
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.02)
