@@ -36,9 +36,9 @@ depth_tiers() { # crl_deep.py's studies over depth, Figs. 5, 6 and 16: sets seed
 GAMES17=$(printf "ALE/%s-v5 " Asterix BeamRider Breakout DemonAttack DoubleDunk Enduro IceHockey Jamesbond MsPacman Pong \
   Qbert RoadRunner Seaquest SpaceInvaders WizardOfWor YarsRevenge Zaxxon)
 GAMES5=$(printf "ALE/%s-v5 " Asterix Breakout DemonAttack Seaquest SpaceInvaders)
-ATARI_SMOKE="--total-timesteps 1200 --learning-starts 200 --exploration-steps 400 --max-episode-steps 200 --width 0.25
-  --eval-every 400 --eval-steps 200 --eval-envs 2 --dormant-every 200 --dormant-batch-size 32 --rank-batch-size 64
-  --log-every 100 --redo-period-gradient-steps 100 --reset-period-gradient-steps 300"
+ATARI_SMOKE="--total-timesteps 600 --learning-starts 100 --exploration-steps 200 --max-episode-steps 100 --width 0.25
+  --eval-every 200 --eval-steps 100 --eval-envs 2 --dormant-every 100 --dormant-batch-size 32 --rank-batch-size 64
+  --log-every 50 --redo-period-gradient-steps 50 --reset-period-gradient-steps 150"
 
 atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets seeds, envs and flags for this SCALE
   case $SCALE in

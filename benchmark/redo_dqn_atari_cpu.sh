@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# Ours: ReDo and DQN at replay ratio 1 on DemonAttack on a CPU: 100,000 steps, 3 seeds, exploration for 45,000 steps
-# instead of 250,000, learning after 5,000 instead of 20,000, no padding (CleanRL's network), bfloat16.
-# SCALE=small: with JOBS=2 OMP_NUM_THREADS=1 on two cores about 40 minutes for each pair of runs.
+# Ours: ReDo and DQN at replay ratio 1 on a CPU: 100,000 steps, exploration for 45,000 steps instead of 250,000, learning
+# after 5,000 instead of 20,000, no padding (CleanRL's network), bfloat16.
+# SCALE=small: with JOBS=2 OMP_NUM_THREADS=1 on two cores about 40 minutes for each of the two games. paper: 3 seeds.
 source "$(dirname "$0")/common.sh"
 
-case $SCALE in
-  smoke) seeds=1 flags=$ATARI_SMOKE ;;
-  *) seeds="1 2 3" flags="--total-timesteps 100000 --learning-starts 5000 --exploration-steps 45000 --padding valid
-    --amp --eval-every 20000 --eval-steps 10000 --eval-envs 4 --dormant-every 5000 --checkpoint-every 20000" ;;
-esac
-envs=ALE/DemonAttack-v5
-flags="$flags --replay-ratio 1"
-sweep redo_dqn_atari.py redo_cpu "$envs" "$seeds" $flags < <(
+envs="ALE/DemonAttack-v5 ALE/RoadRunner-v5" seeds=1
+flags="--total-timesteps 100000 --learning-starts 5000 --exploration-steps 45000 --padding valid --amp
+  --eval-every 20000 --eval-steps 10000 --eval-envs 4 --dormant-every 5000 --checkpoint-every 20000"
+[ "$SCALE" != smoke ] || flags=$ATARI_SMOKE envs=ALE/DemonAttack-v5
+[ "$SCALE" != paper ] || seeds="1 2 3"
+sweep redo_dqn_atari.py redo_cpu "$envs" "$seeds" $flags --replay-ratio 1 < <(
   echo "dqn --method dqn"
   echo "redo --method redo"
 )

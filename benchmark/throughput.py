@@ -1,6 +1,7 @@
-"""Speed and memory of the scripts: gradient steps per second by depth and variant, env steps per second by environment.
+"""Speed and memory of the scripts: gradient steps per second by network and variant, env steps per second.
 
-    python benchmark/throughput.py --out runs/figures/throughput            (CPU: 3 minutes; --help for smaller parts)
+    python benchmark/throughput.py --out runs/figures/throughput            (CPU: 5 minutes; --help for smaller parts)
+    python benchmark/throughput.py --scripts redo_dqn_atari                 (one script alone)
 
 Every row runs in its own process: fixed work, warm-up and compilation excluded, device synchronised, the median of
 several repeats. Peak memory is the process's (CPU) or the allocator's (GPU). Prints one table and writes it as CSV.
@@ -22,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import crl_deep as crl
+import redo_dqn_atari as redo
 
 VARIANTS = {
     "eager": {},
@@ -74,11 +76,65 @@ def measure_update(depth, variant, options) -> dict:
             batch = replay.gather(*index)
             captured(batch) if args.cudagraphs else step(agent, optimizers, batch, args)
 
-    seconds = np.array(timed(work, options.repeats, device)) / steps
+    return update_row(f"crl_deep, depth {depth}", variant, timed(work, options.repeats, device), steps, device)
+
+
+def update_row(what, variant, seconds, steps, device) -> dict:
+    """One line of the table: `steps` gradient steps took `seconds`, once per repeat."""
+    seconds = np.array(seconds) / steps
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else peak_resident_gb()
-    return dict(what=f"update, depth {depth}", variant=variant, unit="gradient steps/s", rate=1 / np.median(seconds),
+    return dict(what=what, variant=variant, unit="gradient steps/s", rate=1 / np.median(seconds),
                 slowest=1 / seconds.max(), fastest=1 / seconds.min(), ms=1e3 * np.median(seconds),
                 peak_GB=peak)  # fmt: skip
+
+
+NETWORKS = {"Nature, SAME": {}, "Nature, VALID": dict(padding="valid"), "ResNet": dict(network="resnet")}
+
+
+def measure_td_update(network, variant, options) -> dict:
+    """redo_dqn_atari.td_update at the paper's batch of 32, sampling included."""
+    device = torch.device(options.device)
+    args = redo.resolve_args(redo.Args(device=options.device, **NETWORKS[network], **VARIANTS[variant]))
+    layout = torch.channels_last if args.amp or device.type == "cpu" else torch.contiguous_format
+    agent = redo.DQNAgent(6, args).to(device, memory_format=layout)
+    if args.compile:
+        agent.q_network.compile(dynamic=False)
+        agent.target_network.compile(dynamic=False)
+    optimizers = [redo.make_optimizer(agent, args, device)]
+    replay, generator = redo.FrameReplay(5000, device), torch.Generator().manual_seed(0)
+    replay.add_first(np.zeros((84, 84), np.uint8))
+    rng = np.random.default_rng(0)
+    for _ in range(4000):
+        replay.add(int(rng.integers(6)), 1.0, False, rng.integers(256, size=(84, 84), dtype=np.uint8))
+    steps = max(10, options.work // 4)
+    batch = replay.sample(args.batch_size, generator)
+    captured = redo.capture_update(redo.td_update, agent, optimizers, batch, args) if args.cudagraphs else None
+
+    def work():
+        for _ in range(steps):
+            batch = replay.sample(args.batch_size, generator)
+            captured(batch) if captured else redo.td_update(agent, optimizers, batch, args)
+
+    what = f"redo_dqn_atari, {network}"
+    return update_row(what, variant, timed(work, options.repeats, options.device), steps, options.device)
+
+
+def measure_game(env_id, num_envs, options) -> dict:
+    """Random actions in Atari games, resets included."""
+    args = redo.resolve_args(redo.Args(env_id=env_id))
+    games = redo.make_games(args, num_envs)
+    games.reset(seed=1)
+    rng = np.random.default_rng(0)
+    steps = max(100, 4000 // num_envs)
+
+    def work():
+        for _ in range(steps):
+            *_, terminated, truncated, _ = games.step(rng.integers(games.single_action_space.n, size=num_envs))
+            done = terminated | truncated
+            if done.any():
+                games.reset(seed=rng.integers(2**31, size=done.sum()), options={"reset_mask": done})
+
+    return steps_row(env_id, f"{num_envs} games", timed(work, options.repeats, "cpu"), steps, num_envs)
 
 
 def measure_environment(env_id, num_envs, options) -> dict:
@@ -93,8 +149,14 @@ def measure_environment(env_id, num_envs, options) -> dict:
         for i in range(steps):
             envs.reset(envs.step(actions[i % 8]))
 
-    seconds = np.array(timed(work, options.repeats, "cpu")) / (steps * num_envs)
-    return dict(what=env_id, variant=f"{num_envs} envs, {os.cpu_count()} threads", unit="env steps/s",
+    variant = f"{num_envs} envs, {os.cpu_count()} threads"
+    return steps_row(env_id, variant, timed(work, options.repeats, "cpu"), steps, num_envs)
+
+
+def steps_row(what, variant, seconds, steps, num_envs) -> dict:
+    """One line of the table: `steps` steps of all environments took `seconds`, once per repeat."""
+    seconds = np.array(seconds) / (steps * num_envs)
+    return dict(what=what, variant=variant, unit="env steps/s",
                 rate=1 / np.median(seconds), slowest=1 / seconds.max(), fastest=1 / seconds.min(),
                 ms=1e3 * np.median(seconds) * num_envs, peak_GB=peak_resident_gb())  # fmt: skip
 
@@ -102,19 +164,29 @@ def measure_environment(env_id, num_envs, options) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    scripts = ["crl_deep", "redo_dqn_atari"]
+    parser.add_argument("--scripts", nargs="*", choices=scripts, default=scripts)
     parser.add_argument("--depths", type=int, nargs="*", default=[4, 16, 64, 256])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="default: all (CUDA graphs: on a GPU only)")
     env_ids = ["point_u_maze", "ant", "ant_u4_maze", "ant_hardest_maze", "humanoid", "humanoid_u_maze"]
     parser.add_argument("--environments", nargs="*", default=env_ids)
+    parser.add_argument("--games", nargs="*", default=["ALE/DemonAttack-v5", "ALE/Breakout-v5"])
     parser.add_argument("--num-envs", type=int, nargs="*", default=[512])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--work", type=int, default=400, help="a repeat does this / depth gradient steps, at least 3")
+    parser.add_argument(
+        "--work", type=int, default=400, help="a repeat does this / depth (crl_deep) or / 4 gradient steps, at least 3"
+    )
     parser.add_argument("--out", help="write <out>.csv")
     options = parser.parse_args()
     cuda = options.device == "cuda"
     variants = options.variants or [v for v in VARIANTS if cuda or "captured" not in v]
-    jobs = [(measure_update, depth, variant) for depth in options.depths for variant in variants]
-    jobs += [(measure_environment, env_id, n) for env_id in options.environments for n in options.num_envs]
+    jobs = []
+    if "crl_deep" in options.scripts:
+        jobs += [(measure_update, depth, variant) for depth in options.depths for variant in variants]
+        jobs += [(measure_environment, env_id, n) for env_id in options.environments for n in options.num_envs]
+    if "redo_dqn_atari" in options.scripts:
+        jobs += [(measure_td_update, network, variant) for network in NETWORKS for variant in variants]
+        jobs += [(measure_game, env_id, n) for env_id in options.games for n in (1, 8)]
     hardware = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(f"{hardware}, {os.cpu_count()} cores, torch {torch.__version__}\n", flush=True)
     rows = []

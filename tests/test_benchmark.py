@@ -16,14 +16,15 @@ from torch.utils.tensorboard import SummaryWriter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import plot_crl_deep  # noqa: E402
+import plot_redo_dqn_atari as plot_redo  # noqa: E402
 import plotting  # noqa: E402
 
 import crl_deep  # noqa: E402
 
 
-def write_run(name, seed, values, tag="eval/time_at_goal_last5", every=10, **changes):
+def write_run(name, seed, values, tag="eval/time_at_goal_last5", every=10, folder="point_room", **changes):
     """A fake finished run under runs/ with one logged tag."""
-    folder = Path("runs") / f"point_room__{name}__{seed}__0"
+    folder = Path("runs") / f"{folder}__{name}__{seed}__0"
     writer = SummaryWriter(str(folder))
     for i, value in enumerate(values):
         writer.add_scalar(tag, value, i * every)
@@ -66,6 +67,54 @@ def test_table_2_counts_steps_to_a_score():
     (row,) = read_csv("out.csv")
     assert (row["M steps to 200"], row["M steps to 400"], row["M steps to 600"]) == ("1", "3", "-")
     assert row["seeds"] == "2" and Path("out.png").stat().st_size > 1000
+
+
+def test_iqm_and_stratified_bootstrap():
+    """Eight runs of two games: without the lowest and the highest two, and seeds drawn anew within each game."""
+    games = [np.array([[0.0], [1.0], [2.0], [3.0]]), np.array([[10.0], [20.0], [30.0], [100.0]])]
+    assert plotting.iqm(games).tolist() == [(2 + 3 + 10 + 20) / 4]
+    assert plotting.iqm([np.array([[5.0, 1.0]])]).tolist() == [5, 1]
+    means = np.array([plotting.iqm(games)])
+    low, high = plotting.stratified_bootstrap(games, plotting.iqm)
+    assert 0 <= low < means < high <= 100
+    one_seed = [np.array([[1.0]]), np.array([[3.0]])]
+    assert [x.tolist() for x in plotting.stratified_bootstrap(one_seed, plotting.iqm)] == [[2], [2]]
+
+
+def write_atari_run(game, name, seed, values, tag=plot_redo.RETURN, **changes):
+    env_id = f"ALE/{game}-v5"
+    write_run(name, seed, values, tag, 250_000, f"ALE-{game}-v5", env_id=env_id, action_repeat=4, **changes)
+
+
+def test_human_normalised_aggregate_over_games():
+    for game, returns in (("Pong", (-20.7, 14.6)), ("Breakout", (1.7, 30.5))):  # random and human
+        write_atari_run(game, "redo_x-smoke-dqn", 1, [returns[0]] * 3)
+        write_atari_run(game, "redo_x-smoke-redo", 1, returns)
+    plot_redo.headline(plotting.load_runs("redo_x-*"), "out", plot_redo.PAPER_FIG1)
+    rows = [(row["arm"], int(row["frames"]), round(float(row["mean"]), 5), row["paper"]) for row in read_csv("out.csv")]
+    assert rows == [("dqn", 0, 0, "0.3"), ("dqn", 1_000_000, 0, "0.3"), ("dqn", 2_000_000, 0, "0.3"),
+                    ("redo", 0, 0, "0.625"), ("redo", 1_000_000, 1, "0.625")]  # fmt: skip
+    assert all(row["env_id"] == "2 games" for row in read_csv("out.csv")) and Path("out.png").stat().st_size > 5000
+
+
+def test_final_score_by_replay_ratio():
+    for method, ratio, score in (("dqn", 0.25, 30.5), ("dqn", 1, 1.7), ("redo", 0.25, 30.5), ("redo", 1, 59.3)):
+        write_atari_run(
+            "Breakout", f"redo_r-smoke-rr{ratio}-{method}", 1, [0, score], method=method, replay_ratio=ratio
+        )
+    plot_redo.by_replay_ratio(plotting.load_runs("redo_r-*"), "out", plot_redo.PAPER_FIG10["fig10a"])
+    rows = {(r["method"], r["replay_ratio"]): (round(float(r["iqm"]), 5), r["paper"]) for r in read_csv("out.csv")}
+    assert rows == {("dqn", "0.25"): (1, "0.41"), ("dqn", "1"): (0, "0.3"), ("redo", "0.25"): (1, "0.4"),
+                    ("redo", "1"): (2, "0.625")}  # fmt: skip
+
+
+def test_curves_over_gradient_steps():
+    tag = "plasticity/dormant_ratio_tau0/all"
+    write_atari_run("Asterix", "redo_g-smoke-dqn", 1, [0.1, 0.2, 0.4], tag)
+    write_atari_run("Asterix", "redo_g-smoke-dqn", 1, [0, 62_500, 125_000], "charts/gradient_steps")
+    plot_redo.curves(plotting.load_runs("redo_g-*"), "out", [tag], [plot_redo.PAPER_FIG2], True)
+    rows = [(float(row["x"]), float(row["mean"]), row["paper"]) for row in read_csv("out.csv")]
+    assert rows == [(0, 0.1, "0.3"), (0.0625, 0.2, "0.3"), (0.125, 0.4, "0.3")]
 
 
 def test_final_scores_by_depth_and_variant():

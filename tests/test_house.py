@@ -67,8 +67,8 @@ def test_sweeps_print_their_commands(path, scale, tmp_path):
     environment = os.environ | {"SCALE": scale}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     *runs, draw = done.stdout.splitlines()
-    assert len(set(runs)) == len(runs) >= 2
-    assert all(re.match(r"python \w+\.py --env-id \w+ --exp-name [\w-]+ --seed \d+", line) for line in runs)
+    assert len(set(runs)) == len(runs) >= 1
+    assert all(re.match(r"python \w+\.py --env-id [\w/-]+ --exp-name [\w.-]+ --seed \d+", line) for line in runs)
     assert draw.startswith("python benchmark/plot_") and draw.endswith(f"{path.stem}_{scale}")
 
 
