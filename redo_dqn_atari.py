@@ -11,10 +11,11 @@ The recycled neuron starts anew, and at tau = 0 the network's output does not ch
 The agent is DQN: act epsilon-greedily; every 4 steps do 4 x replay ratio gradient steps on    -> `train`, `td_update`
     Huber( q(o_t, a_t),  r_{t+1} + gamma max_a' q_target(o_{t+1}, a') )
 
-    python redo_dqn_atari.py                                       ReDo at the default replay ratio: 10M steps, a GPU
-    python redo_dqn_atari.py --method dqn --replay-ratio 1 --total-timesteps 2_500_000        the baseline of Fig. 1
-    SCALE=paper bash benchmark/redo_dqn_atari_fig1_headline.sh     Fig. 1 as published; the other figures: see README.md
-The paper's numbers: IQM over 17 games, replay ratio 1, 10M frames: DQN 0.30, ReDo 0.625. Ours: benchmark/README.md.
+    SCALE=small bash benchmark/redo_dqn_atari_cpu.sh    DQN and ReDo for 100,000 steps on two CPU cores, 80 minutes:
+                                                        ReDo leaves hardly any neuron dormant; returns do not differ
+    python redo_dqn_atari.py                            ReDo at replay ratio 0.25, 10M steps: for a GPU, not run yet
+    SCALE=paper bash benchmark/redo_dqn_atari_fig1_headline.sh    Fig. 1 (paper, IQM over 17 games at replay ratio 1 and
+                                                        10M frames: DQN 0.30, ReDo 0.625); others: see README.md
 
 Where this differs from the official code (google/dopamine, labs/redo), and why:
  1. A recycled feature map's outgoing weights in the dense layer are the right ones. Officially the mask is laid out
@@ -35,7 +36,8 @@ are too large, up to 6.6 times (--redo-adam per-element is the clean way); biase
 their moments kept; the target network is not recycled.
 With --protocol cleanrl (CleanRL's dqn_atari.py), FIRE is pressed for one frame when an episode begins (there 2 x 4
 frames), and for one stored step after a lost life; frame stacks begin with zeros and are not cut at a lost life.
-Not in this file: offline data, random targets, Monte-Carlo targets, pruning, distillation, CIFAR-10, DrQ(eps), SAC.
+Not in this file: offline data, random targets, Monte-Carlo targets, pruning, distillation, CIFAR-10, DrQ(eps), SAC;
+films (benchmark/redo_dqn_atari_film.py makes one of any run).
 """
 
 import copy
@@ -169,7 +171,7 @@ RESUMABLE = ("resume total_timesteps device buffer_device eval_every eval_steps 
 
 
 # === Environment ======================================================================================================
-def make_games(args, num_envs: int):
+def make_games(args, num_envs: int, **options):
     """`num_envs` games side by side -> ale_py's vector environment, which plays them in threads of its own.
 
     Observations (num_envs, 4, 84, 84) uint8: grey frames, each the maximum of the last 2 of 4, the newest last, zeros
@@ -178,7 +180,7 @@ def make_games(args, num_envs: int):
     return gymnasium.make_vec(
         args.env_id, num_envs, repeat_action_probability=args.sticky_actions, noop_max=args.noop_max,
         use_fire_reset=args.fire_reset, max_num_frames_per_episode=ACTION_REPEAT * args.max_episode_steps,
-        reward_clipping=False, episodic_life=False, num_threads=min(num_envs, os.cpu_count()))  # fmt: skip
+        reward_clipping=False, episodic_life=False, num_threads=min(num_envs, os.cpu_count()), **options)  # fmt: skip
 
 
 def start_episode(games, seed: int, episode: int) -> tuple:
@@ -279,11 +281,11 @@ class FrameReplay:
         return self.stacked(first), action, reward, discount, self.stacked(index)
 
     def state_dict(self) -> dict:
-        filled = dict(frames=self.num_frames, record=self.num_frames, start=self.num_transitions)
-        parts = {k: getattr(self, k)[:n] if n < self.capacity else getattr(self, k) for k, n in filled.items()}
-        parts = {k: v.clone() if len(v) < self.capacity else v for k, v in parts.items()}  # a view would save it all
-        numbers = {k: getattr(self, k) for k in ("num_frames", "num_transitions", "age", "gone")}
-        return parts | numbers | dict(last_frames=list(self.last_frames))
+        state = {k: getattr(self, k) for k in ("num_frames", "num_transitions", "age", "gone")}
+        for name, filled in dict(frames=self.num_frames, record=self.num_frames, start=self.num_transitions).items():
+            ring = getattr(self, name)
+            state[name] = ring if filled >= self.capacity else ring[:filled].clone()  # a mere view would save it all
+        return state | dict(last_frames=list(self.last_frames))
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("frames", "record", "start"):

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import mujoco
 import numpy as np
 import pytest
+from moviepy import VideoFileClip
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +22,7 @@ import plot_redo_dqn_atari as plot_redo  # noqa: E402
 import plotting  # noqa: E402
 
 import crl_deep  # noqa: E402
+import redo_dqn_atari  # noqa: E402
 
 
 def write_run(name, seed, values, tag="eval/time_at_goal_last5", every=10, folder="point_room", **changes):
@@ -164,7 +167,6 @@ def test_a_sweep_from_command_to_picture(tmp_path):
 def test_film(monkeypatch, capsys):
     """A run's episode as a video of the right length that shows something; one line where EGL is missing."""
     import crl_deep_film
-    from moviepy import VideoFileClip
 
     flags = (
         "--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 2 --batch-size 8 --width 16 "
@@ -179,3 +181,15 @@ def test_film(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         crl_deep_film.film(run_dir)
     assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
+
+
+def test_film_of_a_game():
+    import redo_dqn_atari_film
+
+    run_dir = helpers.run(redo_dqn_atari, *helpers.ATARI)
+    with VideoFileClip(str(redo_dqn_atari_film.film(run_dir))) as clip:
+        assert clip.size == [320, 420] and clip.duration == pytest.approx(50 / 15, abs=0.1)
+        first, last = clip.get_frame(0), clip.get_frame(3)
+    assert first.std() > 10 and (first != last).any()
+    colours = first.reshape(-1, 3).astype(int)
+    assert np.abs(colours[:, 0] - colours[:, 2]).max() > 50
