@@ -13,9 +13,10 @@ import argparse
 import numpy as np
 from plotting import aligned, group, iqm, load_runs, mean_and_band, panels, save, seeds_text, stratified_bootstrap
 
-RETURN, DORMANT = "eval/episodic_return", "plasticity/dormant_ratio_tau{}/all"
+RETURN, RANK = "eval/episodic_return", "plasticity/feature_rank/dense"
+DORMANT = "plasticity/dormant_ratio_tau{}/all"
 NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
-LABELS = {RETURN: "return", "plasticity/feature_rank/dense": "feature rank, dense"}
+LABELS = {RETURN: "return", RANK: "feature rank, dense"}
 PREFIXES = {"plasticity/dormant_ratio_tau": "dormant neurons, tau ", "plasticity/overlap_": "overlap, "}
 
 # Scores of a random policy and of a human, for the paper's 17 games
@@ -191,9 +192,7 @@ FIGURES = {
     "fig21": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), DORMANT.format(0.1)]),
     "fig24": lambda runs, out: curves(runs, out, [DORMANT.format(0.1)]),
     "adam": lambda runs, out: curves(runs, out, [DORMANT.format(0.1), DORMANT.format(0), RETURN]),
-    "cpu": lambda runs, out: curves(
-        runs, out, [DORMANT.format(0), DORMANT.format(0.1), "charts/episodic_return", RETURN]
-    ),
+    "cpu": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RANK, RETURN]),
 }
 
 

@@ -653,10 +653,12 @@ def test_fire_button():
 
 
 class FakeGames:
-    """`num_envs` games: the episodes of game i last i + 2 steps, reward 10 each; a life is lost in the second."""
+    """`num_envs` games: the episodes of game i last i + 2 steps (or `longer`), reward 10 each; a life is lost in the
+    second."""
 
-    def __init__(self, num_envs, actions=3, fire=True, truncate=False):
+    def __init__(self, num_envs, actions=3, fire=True, truncate=False, longer=0):
         self.num_envs, self.truncate, self.single_action_space = num_envs, truncate, gymnasium.spaces.Discrete(actions)
+        self.length = np.arange(num_envs) + 2 + longer
         buttons = [redo.ale_py.Action.NOOP, redo.ale_py.Action.FIRE, redo.ale_py.Action.UP]
         self.ale = SimpleNamespace(get_action_set=lambda: buttons if fire else buttons[::2])
         self.t, self.actions, self.seeds = np.zeros(num_envs, int), [], []
@@ -676,7 +678,7 @@ class FakeGames:
 
     def recv(self):
         self.t += 1
-        over = self.t >= np.arange(self.num_envs) + 2
+        over = self.t >= self.length
         obs, info = self.observe()
         ended = (~over, over) if self.truncate else (over, ~over)
         return obs, np.full(self.num_envs, 10.0), over & ended[0], over & ended[1], info

@@ -127,6 +127,18 @@ def test_resume_is_bit_identical(flags):
         assert values.items() <= found[tag].items(), tag  # the part's last evaluation comes on top
 
 
+def test_resume_knows_the_return_so_far_and_a_life_just_lost(monkeypatch):
+    """Stopped after two of an episode's four steps, the second of which took a life."""
+    monkeypatch.setattr(redo, "make_games", lambda args, n: FakeGames(n, longer=2))
+    flags = [*ATARI, "--protocol", "cleanrl"]
+    whole = run(*flags)
+    part = run("--resume", run(*flags, "--total-timesteps", 130), "--total-timesteps", 240)
+    assert_same(checkpoint(whole), checkpoint(part))
+    record = checkpoint(part)["replay"]["record"]
+    assert (record[2::5, 0] == 1).all() and len(record[2::5]) > 40  # FIRE in every episode's third step
+    assert set(scalars(part)["charts/episodic_return"].values()) == {40.0}
+
+
 def test_resume_without_the_replay_refills_before_it_learns(capsys):
     part = run(*ATARI, "--no-checkpoint-replay")
     assert checkpoint(part)["replay"] is None
