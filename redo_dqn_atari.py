@@ -469,9 +469,8 @@ def inspect(q_network, obs, history: dict, args) -> tuple:
     (anchor) and of all (union), and is updated.
     """
     activations, n = q_network(obs)[1], args.dormant_batch_size
-    scores, others = (
-        {k: dormant_score(h[part]) for k, h in activations.items()} for part in (slice(n), slice(n, 2 * n))
-    )
+    scores = {name: dormant_score(h[:n]) for name, h in activations.items()}
+    others = {name: dormant_score(h[n : 2 * n]) for name, h in activations.items()}
     for each in (scores, others):
         each["all"] = torch.cat(list(each.values()))
     metrics = {"plasticity/feature_rank/dense": feature_rank(activations["dense"])}
@@ -570,14 +569,11 @@ def recycle(q_network, optimizer, obs, args, generator) -> dict:
     """
     q_before, activations = q_network(obs)
     masks = {name: dormant_mask(activations[name], args.redo_tau) for name in q_network.reader}
+    dimensions = {"none": math.inf, "moments": 2}.get(args.redo_adam, 1)  # moments: biases, of 1 dimension, keep theirs
     for name, mask in masks.items():
         redraw(q_network, name, mask, generator)
         for parameter in q_network.parameters_of(name):
-            if (
-                args.redo_adam in ("moments+tensor-step", "per-element")
-                or args.redo_adam == "moments"
-                and parameter.dim() > 1
-            ):
+            if parameter.dim() >= dimensions:
                 forget(optimizer, parameter, mask.view(-1, *[1] * (parameter.dim() - 1)))
     for name, mask in masks.items():
         weight = q_network.layers[q_network.reader[name]].weight
