@@ -76,6 +76,8 @@ def draw_line(axis, x, mean, low, high, name, i, star=None) -> None:
 
 def finish(axis, title, ylabel, x="million frames") -> None:
     axis.set(title=title, xlabel=x, ylabel=ylabel)
+    if axis.get_xscale() == "linear":
+        axis.locator_params(axis="x", nbins=4)
     axis.legend(frameon=False, fontsize=7)
 
 
