@@ -232,10 +232,10 @@ def test_fire_is_pressed_after_a_lost_life():
 # --- flags ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flag", [
     "--padding same", "--network resnet --padding same", "--width 0.2", "--activation leaky_relu", "--layer-norm",
-    "--init torch", "--loss mse", "--double", "--n-step 3", "--gamma 0.9", "--learning-rate 1e-3", "--adam-eps 1e-8",
+    "--init torch", "--loss mse", "--n-step 3", "--gamma 0.9", "--learning-rate 1e-3", "--adam-eps 1e-8",
     "--weight-decay 0.1", "--target-network-frequency 20", "--start-e 0.5", "--end-e 0.5", "--exploration-steps 50",
     "--exploration-starts 0", "--sticky-actions 0", "--noop-max 30", "--batch-size 16", "--redo-tau 0.5",
-    "--redo-batch-size 64", "--redo-adam none", "--redo-compat-flatten", "--method dqn", "--protocol cleanrl",
+    "--redo-batch-size 32", "--redo-adam none", "--redo-compat-flatten", "--method dqn", "--protocol cleanrl",
 ])  # fmt: skip
 def test_every_switch_changes_the_run(flag, monkeypatch):
     if not any(word in flag for word in ("sticky", "noop", "protocol")):
@@ -250,7 +250,10 @@ def test_every_switch_changes_the_run(flag, monkeypatch):
 def test_speed_flags_change_bits_but_not_results(flag, tolerance):
     flags = [*ATARI, "--method", "dqn"]
     plain, fast = (checkpoint(run(*flags, *more))["agent"]["q_network.layers.head.weight"] for more in ([], [flag]))
-    assert not torch.equal(plain, fast)
+    if flag == "--compile":  # may well give the same bits
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    else:
+        assert not torch.equal(plain, fast)
     torch.testing.assert_close(plain, fast, atol=tolerance, rtol=tolerance)
 
 
@@ -264,7 +267,7 @@ def test_speed_flags_change_bits_but_not_results(flag, tolerance):
     ("--dormant-tau 0 -1", "--dormant-tau (0.0, -1.0): must hold thresholds that are not negative"),
     ("--redo-period-gradient-steps 0", "--redo-period-gradient-steps 0: must be greater than 0"),
     ("--reset-layers fc", "--reset-layers ('fc',): must be layers of this network: conv1, conv2, conv3, dense, head"),
-    ("--buffer-size 100000000 --total-timesteps 100000000", "--buffer-size 100000000: the run needs about 71"),
+    ("--buffer-size 100000000 --total-timesteps 100000000", "--buffer-size 100000000: the run needs about 709"),
     ("--learning-starts 30000 --buffer-size 25000", "--learning-starts 30000: must be at least --n-step 1, and"),
     ("--batch-size 30000", "--batch-size 30000: must be at most --learning-starts 20000"),
     ("--redo-batch-size 20001", "--redo-batch-size 20001: must be at most --learning-starts 20000"),
@@ -272,8 +275,8 @@ def test_speed_flags_change_bits_but_not_results(flag, tolerance):
     ("--max-episode-steps 1000000000", "--max-episode-steps 1000000000: must be at most 27000"),
     ("--noop-max 100000000", "--noop-max 100000000: must be at most 27000"),
     ("--total-timesteps 20000", "--total-timesteps 20000: must be more than --learning-starts 20000"),
-    ("--learning-starts 2 --n-step 3", "--learning-starts 2: must be at least --n-step 3"),
-    ("--buffer-size 6 --learning-starts 5", "--buffer-size 6: is too small"),
+    ("--learning-starts 2 --n-step 3 --batch-size 1 --redo-batch-size 1", "must be at least --n-step 3"),
+    ("--buffer-size 6 --learning-starts 5 --batch-size 1 --redo-batch-size 1", "--buffer-size 6: is too small"),
     ("--network resnet --padding valid", "--padding valid: the ResNet's convolutions are always padded"),
     ("--rank-batch-size 500", "--rank-batch-size 500: must be at least twice --dormant-batch-size 256"),
     ("--width 0", "--width 0.0: must be greater than 0"),
