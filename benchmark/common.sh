@@ -48,6 +48,21 @@ atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets 
   esac
 }
 
+# drqv2_plasticity.py: all figures share their runs, drqv2-<scale>-<arm>, where the arms' flags are the same
+PIXEL_SMOKE="--total-timesteps 300 --learning-starts 100 --exploration-steps 100 --image-size 36 --hidden-dim 64
+  --batch-size 16 --n-step 3 --stddev-steps 200 --eval-every 150 --eval-episodes 1 --plasticity-every 50
+  --plasticity-batch-size 64 --log-every 50 --redo-batch-size 16 --buffer-size 1000"
+
+pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags and a third of the training for this SCALE
+  local tasks=$1
+  case $SCALE in
+    smoke) seeds=1 tasks=cartpole-balance flags=$PIXEL_SMOKE third=150 ;;
+    small) seeds=1 tasks=${1%% *} flags="--total-timesteps 150000 --eval-every 15000 --eval-episodes 5" third=50000 ;;
+    paper) seeds="1 2 3 4 5" flags="" third=500000 ;;
+  esac
+  envs=$(printf "dm_control/%s-v0 " $tasks)
+}
+
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
   local script=$1 env=$2 exp=$3 seed=$4 dir
   local folder="${env//\//-}__${exp}__${seed}"

@@ -1,9 +1,16 @@
 """Every test runs in an empty folder, with torch and the signal handlers as they were."""
 
+import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait for each other
+os.environ.setdefault("MUJOCO_GL", "egl")
+# The environments' processes find the scripts and tests/pixel_env.py, and import them once for all tests
+TESTS = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+multiprocessing.set_forkserver_preload(["drqv2_plasticity", "pixel_env"])
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -16,10 +16,14 @@ import torch
 from helpers import TINY, assert_same, checkpoint, run, scalars, wait_for
 
 import crl_deep as crl
+import drqv2_plasticity as drq
 import redo_dqn_atari as redo
 
 every_script = pytest.mark.parametrize("script, flags", TINY.items(), ids=lambda value: getattr(value, "SCRIPT", ""))
-ENDLESS = {crl: ["--total-timesteps", "10000000", "--buffer-size", "4000"], redo: ["--total-timesteps", "10000000"]}
+ENDLESS = {
+    crl: ["--total-timesteps", "10000000", "--buffer-size", "4000"], redo: ["--total-timesteps", "10000000"],
+    drq: ["--total-timesteps", "10000000", "--buffer-size", "4000"],
+}  # fmt: skip
 RESUMED_STEPS = 80  # a whole number of training steps of every script
 
 

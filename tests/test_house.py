@@ -53,7 +53,7 @@ def test_every_flag_is_used_and_documented(script):
     attributes = [node for part in working for node in ast.walk(part) if isinstance(node, ast.Attribute)]
     used = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "args"}
     (args,) = [node for node in body if getattr(node, "name", "") == "Args"]
-    derived = {"depth", "width", "protocol"}  # the defaults of other flags
+    derived = {"depth", "width", "protocol", "preset", "reset_times"}  # they only set other flags
     for field in [node for node in args.body if isinstance(node, ast.AnnAssign)]:
         assert field.target.id in used | derived, f"--{field.target.id} does nothing"
         assert "  # " in text.splitlines()[field.lineno - 1], f"--{field.target.id} has no documentation"

@@ -1,0 +1,154 @@
+"""Draws the figures of drqv2_plasticity.py from the runs under runs/, offline.
+
+    python benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-smoke-*" --envs dm_control/walker-run-v0 \
+        --arms augmentation plain --tags return fau/critic --out runs/figures/fig3
+
+KIND is curves (a row of panels per task, a column per tag, a line per arm), bars (the last returns, and the curves of
+the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations) or what follows
+"plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95% bootstrap intervals over seeds; stars are
+values read from the paper's figures. Each figure is written as PNG with the CSV behind it.
+"""
+
+import argparse
+
+from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
+
+NOTE = "Bands: 95% bootstrap intervals over seeds. Stars: the paper, read from its figures. Returns: evaluations."
+FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
+WALKER, QUADRUPED, CHEETAH = (f"dm_control/{task}-run-v0" for task in ("walker", "quadruped", "cheetah"))
+
+
+def at(*values) -> list:
+    return list(zip(FRAMES, values))
+
+
+# (task, tag, arm) -> [(million frames, value)]
+PAPER = {
+    (WALKER, "fau/critic", "augmentation"): at(0.379, 0.433, 0.452, 0.462, 0.447, 0.418),
+    (WALKER, "fau/critic", "plain"): at(0.331, 0.300, 0.283, 0.258, 0.214, 0.204),
+    (WALKER, "fau/encoder", "augmentation"): at(0.429, 0.425, 0.429, 0.427, 0.421, 0.417),
+    (WALKER, "fau/encoder", "plain"): at(0.412, 0.398, 0.392, 0.388, 0.378, 0.375),
+    (WALKER, "fau/actor", "augmentation"): at(0.35, 0.26, 0.19, 0.145, 0.121, 0.102),
+    (WALKER, "fau/actor", "plain"): at(0.46, 0.43, 0.40, 0.36, 0.31, 0.278),
+    (QUADRUPED, "fau/critic", "augmentation"): at(0.388, 0.415, 0.459, 0.453, 0.412, 0.382),
+    (QUADRUPED, "fau/critic", "rr2"): at(0.398, 0.338, 0.339, 0.300, 0.250, 0.221),
+    (QUADRUPED, "fau/actor", "augmentation"): at(0.44, 0.37, 0.26, 0.156, 0.117, 0.102),
+    (QUADRUPED, "fau/encoder", "augmentation"): at(0.406, 0.377, 0.370, 0.339, 0.325, 0.328),
+    (WALKER, "return", "augmentation"): [(0.3, 230), (0.5, 391), (1, 624), (2, 716), (3, 755)],
+    (WALKER, "return", "plain"): [(0.3, 42), (0.5, 54), (1, 85), (2, 104), (3, 167)],
+    (WALKER, "return", "switch-on"): [(3, 230)], (WALKER, "return", "switch-off"): [(3, 760)],
+    (WALKER, "return", "switch-on-inject-actor"): [(3, 290)],
+    (WALKER, "return", "switch-on-inject-critic"): [(2, 450), (3, 635)],
+    (WALKER, "return", "augmentation-inject-actor"): [(3, 770)],
+    (WALKER, "return", "augmentation-inject-critic"): [(3, 772)],
+    (WALKER, "return", "rr2"): [(2, 709)],
+    (CHEETAH, "return", "augmentation"): [(2, 828), (3, 880)], (CHEETAH, "return", "plain"): [(3, 270)],
+    (CHEETAH, "return", "switch-on"): [(3, 275)], (CHEETAH, "return", "switch-off"): [(3, 865)],
+    (CHEETAH, "return", "rr2"): [(2, 793)], (CHEETAH, "return", "layer-norm"): [(3, 655)],
+    (CHEETAH, "return", "crelu"): [(3, 429)], (CHEETAH, "return", "shrink-perturb"): [(3, 312)],
+    (CHEETAH, "return", "l2-init"): [(3, 301)], (CHEETAH, "return", "spectral-norm"): [(3, 254)],
+    (CHEETAH, "return", "weight-decay"): [(3, 241)],
+    (QUADRUPED, "return", "augmentation"): [(2, 579), (3, 640)], (QUADRUPED, "return", "plain"): [(3, 250)],
+    (QUADRUPED, "return", "switch-on"): [(3, 300)], (QUADRUPED, "return", "switch-off"): [(3, 555)],
+    (QUADRUPED, "return", "rr2"): [(2, 420), (3, 440)],
+}  # fmt: skip
+
+
+def arm(run) -> str:
+    """drqv2-paper-switch-on -> switch-on."""
+    return run.args["exp_name"].split("-", 2)[2]
+
+
+def full_tag(tag: str) -> str:
+    return "eval/episodic_return" if tag == "return" else f"plasticity/{tag}"
+
+
+def label_of(tag: str) -> str:
+    return tag.replace("fau/", "fraction of active units, ").replace("_", " ").replace("/", ", ")
+
+
+def draw_curves(axis, runs, tag, arms, every_seed=False) -> list:
+    """One tag over million frames for one task -> rows of the CSV."""
+    rows, env_id = [], runs[0].args["env_id"]
+    for name, seeds in group(runs, arm).items():
+        color, stars = f"C{arms.index(name)}", PAPER.get((env_id, tag, name), [])
+        for part in [[run] for run in seeds] if every_seed else [seeds]:
+            frames, values = aligned(part, full_tag(tag))
+            mean, low, high = mean_and_band(values)
+            axis.plot(frames / 1e6, mean, color=color, label=name if part[0] is seeds[0] else None, linewidth=1)
+            axis.fill_between(frames / 1e6, low, high, color=color, alpha=0.2, linewidth=0)
+            rows += [
+                dict(env_id=env_id, arm=name, tag=tag, seeds=len(part), seed=part[0].args["seed"] if every_seed else "",
+                     frames=int(f), mean=m, low=lo, high=hi) for f, m, lo, hi in zip(frames, mean, low, high)
+            ]  # fmt: skip
+        rows += [dict(env_id=env_id, arm=name, tag=tag, seeds="paper", seed="", frames=int(x * 1e6), mean=y, low="",
+                      high="") for x, y in stars]  # fmt: skip
+        end = max((row["frames"] for row in rows if row["seeds"] != "paper"), default=0) / 1e6
+        near = [(x, y) for x, y in stars if x <= 1.05 * end]  # what lies beyond the runs stands in the CSV only
+        axis.plot([x for x, _ in near], [y for _, y in near], "*", color=color, ms=7)
+    task = env_id.removeprefix("dm_control/").removesuffix("-v0")
+    axis.set(title=f"{task}, {seeds_text(group(runs, arm).values())}", xlabel="million frames", ylabel=label_of(tag))
+    axis.locator_params(axis="x", nbins=4)
+    axis.legend(frameon=False, fontsize=6)
+    return rows
+
+
+def curves(runs, arms, tags, out, every_seed=False) -> None:
+    tasks = group(runs, lambda run: run.args["env_id"])
+    columns = len(tags) if len(tags) > 1 else min(3, len(tasks))
+    figure, axes = panels(len(tasks) * len(tags), columns=min(4, columns))
+    rows = []
+    for i, members in enumerate(tasks.values()):
+        for j, tag in enumerate(tags):
+            rows += draw_curves(axes[i * len(tags) + j], members, tag, arms, every_seed)
+    save(figure, rows, out, NOTE)
+
+
+def bars(runs, arms, tags, out) -> None:
+    """Fig. 2: the last return of each arm on the first task, then its curves (Appendix B.3)."""
+    runs = group(runs, lambda run: run.args["env_id"])
+    env_id, runs = next(iter(runs.items()))
+    figure, axes = panels(1 + len(tags), columns=5)
+    rows = []
+    for name, seeds in group(runs, arm).items():
+        frames, values = aligned(seeds, full_tag("return"))
+        mean, low, high = (line[-1] for line in mean_and_band(values))
+        place = arms.index(name)
+        axes[0].barh(place, mean, xerr=[[mean - low], [high - mean]], color=f"C{place}")
+        paper = PAPER.get((env_id, "return", name), [])[-1:]
+        axes[0].plot([y for _, y in paper], [place] * len(paper), "k*", ms=7)
+        rows.append(dict(env_id=env_id, arm=name, tag="last return", seeds=len(seeds), seed="", frames=int(frames[-1]),
+                         mean=mean, low=low, high=high))  # fmt: skip
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
+    axes[0].set(
+        title=f"{env_id.removeprefix('dm_control/')}, last return\nstars: the paper at 3M frames", xlabel="return"
+    )
+    for axis, tag in zip(axes[1:], tags):
+        rows += draw_curves(axis, runs, tag, arms)
+    save(figure, rows, out, NOTE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("curves", "bars", "seeds"))
+    parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
+    parser.add_argument("--envs", nargs="+", required=True, help="tasks, in this order")
+    parser.add_argument(
+        "--arms", nargs="+", required=True, help="the lines, in this order; those without runs are left out"
+    )
+    parser.add_argument("--tags", nargs="+", default=["return"], help="the panels")
+    parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
+    parser.add_argument("--folder", default="runs", help="the folder of the runs")
+    a = parser.parse_args()
+    runs = [run for run in load_runs(a.runs, a.folder) if run.args["env_id"] in a.envs and arm(run) in a.arms]
+    if not runs:
+        raise SystemExit(f"error: no run of {' '.join(a.envs)} has one of the arms {' '.join(a.arms)}")
+    if a.kind == "bars":
+        bars(runs, a.arms, a.tags, a.out)
+    else:
+        curves(runs, a.arms, a.tags, a.out, every_seed=a.kind == "seeds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,640 @@
+"""drqv2_plasticity.py: every formula against hand-computed values or an independent oracle."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import drqv2_plasticity as drq
+
+ACTIONS = 6
+
+
+def args(**options):
+    """Arguments of a small agent, resolved by hand."""
+    small = dict(image_size=24, feature_dim=8, hidden_dim=16, batch_size=16, n_step=3, learning_rate=1e-3)
+    return drq.Args(**(small | dict(stddev_steps=100, total_timesteps=1000) | options))
+
+
+def make_agent(seed=0, **options):
+    torch.manual_seed(seed)
+    arguments = args(**options)
+    agent = drq.DrQv2Agent(ACTIONS, arguments)
+    drq.intervene_at_start(agent, arguments)
+    return agent, drq.make_optimizers(agent, arguments, torch.device("cpu")), arguments
+
+
+def make_batch(size=16, image_size=24, seed=0, std=0.5):
+    g = torch.Generator().manual_seed(seed)
+    obs, next_obs = torch.randint(0, 256, (2, size, 9, image_size, image_size), dtype=torch.uint8, generator=g)
+    action = torch.rand(size, ACTIONS, generator=g) * 2 - 1
+    reward, discount = torch.rand(size, generator=g), torch.full((size,), 0.97)
+    return [obs, action, reward, discount, next_obs, torch.tensor(std)]
+
+
+def updated(updates=3, **options):
+    """An agent after some updates."""
+    agent, optimizers, arguments = make_agent(**options)
+    for i in range(updates):
+        drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
+    return agent, optimizers, arguments
+
+
+def state(module):
+    return copy.deepcopy(module.state_dict())
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@torch.no_grad()
+def awaken(agent):
+    """Makes every hidden neuron active on every input."""
+    for layers in (agent.encoder.convnet, agent.actor.policy, agent.critic.q1, agent.critic.q2):
+        for layer, following in zip(layers, layers[1:]):
+            if isinstance(following, nn.ReLU):
+                layer.weight.mul_(1e-3)
+                layer.bias.fill_(1)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- random shift -----------------------------------------------------------------------------------------------------
+def test_random_shift_golden_values():
+    x = (torch.arange(2 * 84 * 84) % 251).view(2, 1, 84, 84).float()
+    torch.manual_seed(0)
+    y = drq.random_shift(x, 4)
+    assert y.sum() == 1728149
+    assert y[0, 0, 0, :3].tolist() == [4, 5, 6] and y[1, 0, 83, 81:].tolist() == [51, 52, 53]
+    assert torch.equal(y, drq.random_shift(x, 4, torch.tensor([[8, 0], [2, 6]])))
+
+
+def test_random_shift_is_a_crop_of_the_padded_image():
+    obs = make_batch(image_size=30)[0]
+    shift = torch.randint(9, (16, 2), generator=generator())
+    shifted = drq.random_shift(obs, 4, shift)
+    padded = F.pad(obs.float(), (4,) * 4, mode="replicate")
+    for i, (x, y) in enumerate(shift.tolist()):
+        assert torch.equal(shifted[i].float(), padded[i, :, y : y + 30, x : x + 30])
+    assert shifted.dtype == torch.uint8
+    assert torch.equal(drq.random_shift(obs, 4, torch.full((16, 2), 4)), obs)
+
+
+def test_random_shift_agrees_with_bilinear_sampling():
+    """As DrQ-v2 does it: a grid of pixel centres in [-1, 1], moved by whole pixels."""
+    obs, (n, size, pad) = make_batch(image_size=84)[0].float(), (16, 84, 4)
+    shift = torch.randint(2 * pad + 1, (n, 2), generator=generator())
+    padded_size = size + 2 * pad
+    centres = (torch.arange(size) * 2 + 1) / padded_size - 1
+    grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1) + shift.view(n, 1, 1, 2) * 2 / padded_size
+    sampled = F.grid_sample(F.pad(obs, (pad,) * 4, mode="replicate"), grid, padding_mode="zeros", align_corners=False)
+    assert (sampled - drq.random_shift(obs, pad, shift)).abs().max() < 5e-3
+
+
+def test_random_shifts_are_uniform_and_each_image_has_its_own():
+    image = torch.arange(100 * 100).view(1, 1, 100, 100).expand(20_000, 1, 100, 100)[:, :, 45:55, 45:55]
+    torch.manual_seed(0)
+    places, counts = drq.random_shift(image, 1)[:, 0, 5, 5].unique(return_counts=True)
+    assert len(places) == 9 and counts.min() > 2000
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_sizes_are_the_papers():
+    agent = drq.DrQv2Agent(ACTIONS, drq.Args(feature_dim=50))
+    sizes = [count(m) for m in (agent.encoder, agent.actor, agent.critic, agent.critic.q1, agent.actor.trunk)]
+    assert sizes == [30_368, 3_068_124, 4_178_136, 1_108_993, 1_960_150]
+    features, active = agent.encoder(torch.zeros(2, 9, 84, 84, dtype=torch.uint8))
+    assert features.shape == (2, 39_200)
+    assert [a[0].numel() for a in active] == [53_792, 48_672, 43_808, 39_200]
+    mean, actor_active = agent.actor(features)
+    q1, q2, critic_active = agent.critic(features, mean)
+    assert mean.shape == (2, ACTIONS) and q1.shape == q2.shape == (2,)
+    assert [a.shape for a in actor_active] == [(2, 1024)] * 2 and [a.shape for a in critic_active] == [(2, 1024)] * 4
+    names = [f"convnet.{i}.{k}" for i in (0, 2, 4, 6) for k in ("weight", "bias")]
+    assert list(agent.encoder.state_dict()) == names  # those of DrQ-v2
+
+
+def test_networks_are_those_of_the_paper():
+    agent, _, _ = make_agent()
+    obs, action, *_ = make_batch()
+    x, positives, elements = obs.float() / 255 - 0.5, 0, 0
+    for layer, stride in zip(agent.encoder.convnet[::2], (2, 1, 1, 1)):
+        x = F.conv2d(x, layer.weight, layer.bias, stride).relu()
+        positives, elements = positives + int((x > 0).sum()), elements + x.numel()
+    features, active = agent.encoder(obs)
+    torch.testing.assert_close(features, x.flatten(1))
+    torch.testing.assert_close(drq.fau(active), torch.tensor(positives / elements))
+
+    def run(trunk, head, more=()):
+        h = F.layer_norm(F.linear(features, trunk[0].weight, trunk[0].bias), (8,)).tanh()
+        h = torch.cat([h, *more], 1)
+        for layer in (head[0], head[2]):
+            h = F.linear(h, layer.weight, layer.bias).relu()
+        return F.linear(h, head[4].weight, head[4].bias)
+
+    torch.testing.assert_close(agent.actor(features)[0], run(agent.actor.trunk, agent.actor.policy).tanh())
+    for q, head in zip(agent.critic(features, action), (agent.critic.q1, agent.critic.q2)):
+        torch.testing.assert_close(q, run(agent.critic.trunk, head, [action])[:, 0])
+
+
+def test_initial_weights_are_orthogonal():
+    agent, _, _ = make_agent()
+    for layer in agent.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            weight = layer.weight.flatten(1)
+            weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
+            gain = 2.0 if isinstance(layer, nn.Conv2d) else 1.0
+            torch.testing.assert_close(weight @ weight.T, gain * torch.eye(len(weight)), atol=1e-5, rtol=0)
+            assert not layer.bias.any()
+    assert same(agent.critic.state_dict(), agent.critic_target.state_dict())
+    assert not torch.equal(agent.critic.q1[0].weight, agent.critic.q2[0].weight)
+    torch.manual_seed(1)
+    agent = drq.DrQv2Agent(ACTIONS, drq.Args(feature_dim=50))
+    obs, action, *_ = make_batch(image_size=84)
+    features, active = agent.encoder(obs)
+    for module in (active, agent.actor(features)[1], agent.critic(features, action)[2]):
+        assert 0.45 < drq.fau(module) < 0.55
+
+
+def test_fau_is_a_share_of_elements_not_of_units():
+    half_the_time = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert drq.fau([half_the_time]) == 0.25  # while half of the units are not dormant
+    assert drq.fau([half_the_time, torch.ones(2, 1, 3, 2)]) == 13 / 16  # every element counts the same
+    assert drq.fau([torch.tensor([[-1.0, 2.0]])]) == 0.5
+
+
+# --- the update -------------------------------------------------------------------------------------------------------
+def test_truncated_normal():
+    mean = torch.tensor([[0.0, 0.9, -1.0]], requires_grad=True).expand(10_000, 3)
+    torch.manual_seed(0)
+    action = drq.truncated_normal(mean, torch.tensor(1.0), 0.3)
+    assert action.max() <= 1 - 1e-6 and action.min() >= -1 + 1e-6
+    assert (action[:, 0].abs() <= 0.3).all() and (
+        action[:, 0].abs() == 0.3
+    ).float().mean() > 0.7  # the noise is clipped
+    assert action[:, 1].max() > 0.999 and 0.59 < action[:, 1].min() < 0.61
+    gradient = torch.autograd.grad(action.sum(), mean)[0]
+    assert torch.equal(gradient, torch.ones_like(gradient))  # also where the action was clamped
+    narrow = drq.truncated_normal(mean, torch.tensor(0.1), 0.3)[:, 0]
+    assert abs(narrow.std() - 0.1) < 0.005
+
+
+@pytest.mark.parametrize("discount", [0.97, 0.0], ids=["bootstraps", "terminated"])
+def test_update_against_a_naive_one(discount):
+    """Section 1 of DrQ-v2 written down again, with plain Adam and no gradient saved."""
+    agent, optimizers, arguments = make_agent()
+    other = copy.deepcopy(agent)
+    encoder, actor, critic = (torch.optim.Adam(m.parameters(), lr=1e-3) for m in (
+        other.encoder, other.actor, other.critic))  # fmt: skip
+    for step in range(3):
+        obs, action, reward, _, next_obs, std = batch = make_batch(seed=step)
+        batch[3] = torch.full((16,), discount)
+        torch.manual_seed(step)
+        metrics = drq.drqv2_update(agent, optimizers, batch, arguments)
+
+        def noisy(mean, std=std):
+            return (mean + (torch.randn(mean.shape) * std).clamp(-0.3, 0.3)).clamp(-1 + 1e-6, 1 - 1e-6)
+
+        torch.manual_seed(step)
+        with torch.no_grad():
+            next_features = other.encoder(next_obs)[0]
+            next_action = noisy(other.actor(next_features)[0])
+            target = reward + discount * torch.stack(other.critic_target(next_features, next_action)[:2]).min(0).values
+        features = other.encoder(obs)[0]
+        q1, q2, _ = other.critic(features, action)
+        critic_loss = ((q1 - target) ** 2).mean() + ((q2 - target) ** 2).mean()
+        encoder.zero_grad(), critic.zero_grad()
+        critic_loss.backward()
+        critic.step(), encoder.step()
+        gradients = [p.grad.clone() for p in (*other.critic.parameters(), *other.encoder.parameters())]
+        actor_q = other.critic(features.detach(), noisy(other.actor(features.detach())[0]))[:2]
+        actor_loss = -torch.stack(actor_q).min(0).values.mean()
+        actor.zero_grad()
+        actor_loss.backward()
+        actor.step()
+        for p, q in zip(other.critic_target.parameters(), other.critic.parameters()):
+            p.data = 0.99 * p.data + 0.01 * q.data
+        torch.testing.assert_close(metrics["losses/critic"], critic_loss.detach())
+        torch.testing.assert_close(metrics["losses/actor"], actor_loss.detach())
+        for p, gradient in zip((*agent.critic.parameters(), *agent.encoder.parameters()), gradients):
+            torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)  # the actor's loss added nothing
+            assert p.requires_grad
+        assert metrics["losses/targets"] == pytest.approx(float(target.mean()), rel=1e-5)
+    for (name, p), q in zip(agent.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_schedules_and_tables():
+    medium = drq.Args(stddev_steps=500_000)
+    at = [drq.stddev_at(step, medium) for step in (0, 50_000, 250_000, 500_000, 750_000)]
+    assert at == pytest.approx([1, 0.91, 0.55, 0.1, 0.1])
+    assert drq.TASKS["walker-run"] | dict(total_timesteps=0) == dict(
+        total_timesteps=0, stddev_steps=500_000, buffer_size=1_000_000, batch_size=512, n_step=1, learning_rate=1e-4,
+        feature_dim=50)  # fmt: skip
+    assert drq.TASKS["walker-walk"]["stddev_steps"] == 100_000 and drq.TASKS["walker-walk"]["batch_size"] == 512
+    assert drq.TASKS["quadruped-run"]["buffer_size"] == 100_000
+    assert (drq.TASKS["humanoid-run"]["learning_rate"], drq.TASKS["humanoid-run"]["feature_dim"]) == (8e-5, 100)
+    frames = {2 * drq.TASKS[task]["total_timesteps"] for task in ("cartpole-balance", "walker-run", "humanoid-walk")}
+    assert frames == {1_001_000, 3_001_000, 30_100_000}
+    assert len(drq.TASKS) == 23
+
+
+def test_acting():
+    agent, _, _ = make_agent()
+    obs = make_batch()[0][:1]
+    mean = agent.mean_action(obs).detach().numpy()
+    assert np.allclose(drq.act(agent, obs, 0.0, False, generator()), mean)
+    draws = np.concatenate([drq.act(agent, obs, 0.7, False, generator(i)) for i in range(500)])
+    assert np.abs(draws).max() <= 1 - 1e-6 and np.abs(draws - mean).max() > 0.9  # not clipped at 0.3
+    uniform = np.concatenate([drq.act(agent, obs, 0.0, True, generator(i)) for i in range(500)])
+    assert np.abs(uniform).max() <= 1 and np.abs(uniform.mean()) < 0.05 and abs(uniform.std() - 3**-0.5) < 0.02
+    assert draws.dtype == uniform.dtype == np.float32
+
+
+def test_bfloat16_is_close_and_sees_the_last_weights():
+    agent, optimizers, arguments = make_agent()
+    other, other_optimizers, other_arguments = make_agent(amp=True)
+    for step in range(3):
+        results = []
+        for a, o, arg in ((agent, optimizers, arguments), (other, other_optimizers, other_arguments)):
+            torch.manual_seed(step)
+            results.append(drq.drqv2_update(a, o, make_batch(seed=step), arg))
+        for tag in results[0]:
+            assert results[1][tag] == pytest.approx(float(results[0][tag]), rel=0.05, abs=0.03), tag
+    assert all(p.dtype == torch.float32 for p in other.parameters())
+    moved = state(agent.encoder)
+    assert not same(moved, state(make_agent()[0].encoder)) and not same(moved, state(other.encoder))
+
+
+# --- what is looked at ------------------------------------------------------------------------------------------------
+def test_look_at_plasticity():
+    agent, optimizers, _ = updated()
+    awaken(agent)
+    with torch.no_grad():
+        agent.critic.q1[0].weight[:4], agent.critic.q1[0].bias[:4] = 0, -1  # 4 of 64 hidden neurons are silent
+    batch, history = make_batch(), {}
+    metrics = drq.look_at_plasticity(agent, optimizers, batch, history, (0.0, 0.1))
+    assert metrics["plasticity/dormant_ratio_tau0/critic"] == pytest.approx(4 / 64)
+    assert metrics["plasticity/overlap/critic"] == 1 and history["critic"].sum() == 4
+    with torch.no_grad():
+        agent.critic.q1[0].bias[:2] = 1
+    again = drq.look_at_plasticity(agent, optimizers, batch, history, (0.0, 0.1))
+    assert again["plasticity/dormant_ratio_tau0/critic"] == pytest.approx(2 / 64)
+    assert again["plasticity/overlap/critic"] == 1 and history["critic"].sum() == 2
+    norm = math.sqrt(sum(float((p**2).sum()) for p in agent.actor.parameters()))
+    gradient = math.sqrt(sum(float((p.grad**2).sum()) for p in agent.encoder.parameters()))
+    assert again["plasticity/weight_norm/actor"] == pytest.approx(norm, rel=1e-5)
+    assert again["plasticity/grad_norm/encoder"] == pytest.approx(gradient, rel=1e-5)
+    with torch.no_grad():
+        hidden = agent.actor(agent.encoder(batch[0])[0])[1][-1]
+    share = torch.linalg.svdvals(hidden).cumsum(0)
+    rank = next(k for k in range(1, 17) if share[k - 1] >= 0.99 * share[-1])
+    assert again["plasticity/feature_rank/actor"] == rank
+
+
+# --- interventions ----------------------------------------------------------------------------------------------------
+def test_crelu():
+    x = torch.tensor([[1.0, -2.0]])
+    layers = drq.CReLULayers(nn.Linear(2, 2), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        layers[0].weight.copy_(torch.eye(2))
+        layers[0].bias.zero_()
+        layers[2].weight.copy_(torch.tensor([[1.0, 10, 100, 1000]]))
+        layers[2].bias.zero_()
+    output, (active,) = layers(x)
+    assert output.item() == 1 + 2000 and active.tolist() == [[1, 0]]  # the negated half is not counted
+    for kind, units in (("half", 8), ("full", 16)):
+        agent, optimizers, arguments = make_agent(crelu=kind)
+        first, _, second, _, last = agent.critic.q1
+        assert [m.weight.shape for m in (first, second, last)] == [(units, 14), (units, 2 * units), (1, 2 * units)]
+        metrics = drq.drqv2_update(agent, optimizers, make_batch(), arguments)
+        assert metrics["plasticity/fau/critic"] != 0.5
+        assert isinstance(agent.critic_target.q1, drq.CReLULayers) and type(agent.actor.policy) is drq.Layers
+
+
+def test_layer_norm():
+    agent, _, _ = make_agent(layer_norm=True)
+    kinds = [type(layer).__name__ for layer in agent.encoder.convnet]
+    assert kinds == ["Conv2d", "GroupNorm", "ReLU"] * 4
+    for layers in (agent.actor.policy, agent.critic.q1, agent.critic_target.q2):
+        assert [type(m).__name__ for m in layers] == ["Linear", "GroupNorm", "ReLU"] * 2 + ["Linear"]
+    x = torch.randn(5, 8)
+    hidden = agent.actor.policy[0](x)
+    normal = F.layer_norm(hidden, (16,))
+    torch.testing.assert_close(agent.actor.policy(x)[1][0], normal.relu())
+    maps = agent.encoder.convnet[:2](torch.randn(3, 9, 24, 24))[0]
+    torch.testing.assert_close(maps.mean((1, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps.std((1, 2, 3)), torch.ones(3), atol=1e-2, rtol=0)
+
+
+def test_spectral_norm():
+    agent, optimizers, arguments = make_agent(spectral_norm=True, learning_rate=0.1)
+    for i in range(20):
+        drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
+    for module in (agent.actor, agent.critic):
+        layer = module.trunk[0]
+        with torch.no_grad():
+            assert torch.linalg.svdvals(layer.parametrizations.weight.original)[0] > 1.2
+            assert torch.linalg.svdvals(layer.weight)[0] == pytest.approx(1, abs=0.1)
+
+
+def test_l2_init_adds_its_gradient():
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    drq.apply_l2_init(optimizer, 0.25)
+    initial = state(layer)
+    layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.zeros(2)
+    optimizer.step()
+    assert same(state(layer), initial)  # no pull at the initial weights
+    with torch.no_grad():
+        layer.weight += 2
+    optimizer.step()  # gradient 2 * 0.25 * 2
+    torch.testing.assert_close(layer.weight.detach(), initial["weight"] + 1)
+    torch.testing.assert_close(layer.bias.detach(), initial["bias"])
+
+
+def test_weight_decay_is_adams():
+    _, optimizers, _ = make_agent(weight_decay=1e-5)
+    assert [o.param_groups[0]["weight_decay"] for o in optimizers] == [1e-5] * 3
+
+
+def adam_memory(optimizer, parameters):
+    return sum(float(v.abs().sum()) for p in parameters for v in optimizer.state[p].values())
+
+
+@pytest.mark.parametrize("scope, kept", [
+    ("mlp", ["encoder", "actor.trunk", "critic.trunk"]), ("fc", ["encoder"]), ("all", []),
+])  # fmt: skip
+def test_reset(scope, kept):
+    agent, optimizers, arguments = updated(reset_scope=scope)
+    before, addresses = state(agent), [p.data_ptr() for p in agent.parameters()]
+    drq.reset_agent(agent, optimizers, arguments, generator())
+    after = state(agent)
+    for name in before:
+        if name.startswith("critic_target"):
+            assert torch.equal(after[name], after[name.replace("critic_target", "critic")]) or (
+                scope == "mlp" and "trunk" in name and torch.equal(after[name], before[name]))  # fmt: skip
+        elif any(name.startswith(k) for k in kept):
+            assert torch.equal(before[name], after[name]), name
+        elif name.endswith("weight") and after[name].dim() > 1:
+            assert not torch.equal(before[name], after[name]), name
+    parts = dict(agent.named_modules())
+    for name, optimizer in (
+        ("encoder", 0),
+        ("actor.trunk", 1),
+        ("actor.policy", 1),
+        ("critic.trunk", 2),
+        ("critic.q2", 2),
+    ):
+        memory = adam_memory(optimizers[optimizer], parts[name].parameters())
+        assert (memory > 0) == (name in kept), name
+    weight = agent.actor.policy[2].weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(16), atol=1e-5, rtol=0)
+    assert addresses == [p.data_ptr() for p in agent.parameters()]
+
+
+def test_reset_of_one_module_with_adam_kept():
+    agent, optimizers, arguments = updated(reset_modules=("actor",), reset_optimizer=False)
+    before, memory = state(agent), adam_memory(optimizers[1], agent.actor.parameters())
+    drq.reset_agent(agent, optimizers, arguments, generator())
+    assert same(before, {k: v for k, v in agent.state_dict().items()} | {
+        k: v for k, v in before.items() if k.startswith("actor")})  # fmt: skip
+    assert not torch.equal(before["actor.policy.0.weight"], agent.actor.policy[0].weight)
+    assert memory == adam_memory(optimizers[1], agent.actor.parameters()) > 0
+
+
+def test_shrink_and_perturb():
+    agent, _, _ = updated()
+    before = state(agent.critic)
+    fresh = copy.deepcopy(agent.critic)
+    g = generator(3)
+    for layer in fresh.modules():
+        drq.draw_layer(layer, g)
+    drq.shrink_and_perturb(agent.critic, 0.8, 0.2, generator(3))
+    for name, value in agent.critic.state_dict().items():
+        torch.testing.assert_close(value, 0.8 * before[name] + 0.2 * fresh.state_dict()[name])
+
+
+MODULES = ("encoder", "actor", "critic")
+
+
+def test_recycling_silent_neurons_leaves_the_outputs_alone():
+    agent, optimizers, arguments = updated(redo_tau=0.0, redo_modules=MODULES)
+    awaken(agent)
+    with torch.no_grad():
+        for layer in (agent.encoder.convnet[0], agent.encoder.convnet[6], agent.actor.policy[2], agent.critic.q2[0]):
+            layer.bias[3] = -1e6  # neuron 3 never speaks
+    batch, addresses = make_batch(), [p.data_ptr() for p in agent.parameters()]
+    features = agent.encoder(batch[0])[0]
+    outputs = agent.actor(features)[0], *agent.critic(features, batch[1])[:2]
+    before = state(agent)
+    metrics = drq.recycle_units(agent, optimizers, batch, arguments, generator())
+    assert {k: int(v) for k, v in metrics.items()} == {
+        f"plasticity/redo_recycled/{name}": n for name, n in dict(encoder=2, actor=1, critic=1).items()
+    }  # fmt: skip
+    features = agent.encoder(batch[0])[0]
+    for a, b in zip(outputs, (agent.actor(features)[0], *agent.critic(features, batch[1])[:2])):
+        torch.testing.assert_close(a, b)
+    size = agent.encoder.feature_size // 32
+    for layer, columns in (
+        (agent.encoder.convnet[2], 3), (agent.actor.trunk[0], slice(3 * size, 4 * size)),
+        (agent.critic.trunk[0], slice(3 * size, 4 * size)), (agent.actor.policy[4], 3), (agent.critic.q2[2], 3),
+    ):  # fmt: skip
+        assert not layer.weight[:, columns].any() and layer.weight.any()
+        memory = drq.optimizer_of(layer.weight, optimizers).state[layer.weight]["exp_avg"]
+        assert not memory[:, columns].any() and memory.any()
+    layer = agent.critic.q2[0]
+    assert layer.bias[3] == 0 and not torch.equal(layer.weight[3], before["critic.q2.0.weight"][3])
+    others = [i for i in range(16) if i != 3]
+    assert torch.equal(layer.weight[others], before["critic.q2.0.weight"][others])
+    assert not optimizers[2].state[layer.weight]["exp_avg"][3].any()
+    assert optimizers[2].state[layer.weight]["exp_avg"][others].any()
+    assert same(before, {k: v for k, v in before.items() if not k.startswith("critic_target")} | {
+        k: v for k, v in agent.state_dict().items() if k.startswith("critic_target")})  # fmt: skip
+    assert addresses == [p.data_ptr() for p in agent.parameters()]
+
+
+def test_recycling_leaves_unnamed_modules_alone():
+    agent, optimizers, arguments = updated(redo_tau=0.9, redo_modules=("critic",))
+    before = state(agent)
+    metrics = drq.recycle_units(agent, optimizers, make_batch(), arguments, generator())
+    assert list(metrics) == ["plasticity/redo_recycled/critic"] and metrics["plasticity/redo_recycled/critic"] > 3
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, before[name]) or name.startswith("critic.q"), name
+
+
+@pytest.mark.parametrize("kind", ["fresh", "initial"])
+@pytest.mark.parametrize("crelu", ["none", "half"])
+def test_injection(kind, crelu):
+    agent, optimizers, arguments = make_agent(crelu=crelu)
+    first, learning = state(agent), sum(len(o.param_groups[0]["params"]) for o in optimizers)
+    for i in range(3):
+        drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
+    batch, trained = make_batch(), state(agent)
+    features = agent.encoder(batch[0])[0]
+    outputs = [
+        agent.actor(features)[0],
+        *(q for m in (agent.critic, agent.critic_target) for q in m(features, batch[1])[:2]),
+    ]
+    for name in ("actor", "critic"):
+        drq.inject_plasticity(agent, optimizers, name, first if kind == "initial" else None, generator())
+    again = [
+        agent.actor(features)[0],
+        *(q for m in (agent.critic, agent.critic_target) for q in m(features, batch[1])[:2]),
+    ]
+    for a, b in zip(outputs, again):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    head = agent.critic.q1
+    assert torch.equal(head.frozen[0].weight, trained["critic.q1.0.weight"])
+    assert torch.equal(head.initial[0].weight, first["critic.q1.0.weight"]) == (kind == "initial")
+    assert same(head.initial.state_dict(), head.learning.state_dict())
+    assert same(head.initial.state_dict(), agent.critic_target.q1.initial.state_dict())
+    assert torch.equal(agent.critic_target.q1.frozen[0].weight, trained["critic_target.q1.0.weight"])
+    assert sum(len(o.param_groups[0]["params"]) for o in optimizers) == learning
+    assert adam_memory(optimizers[2], head.learning.parameters()) == 3 * 6  # the step count goes on
+    assert adam_memory(optimizers[2], agent.critic.trunk.parameters()) > 3 * 4
+    frozen = state(head.frozen) | {f"initial.{k}": v for k, v in state(head.initial).items()}
+    before = state(agent)
+    for i in range(5):
+        drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
+    assert same(frozen, state(head.frozen) | {f"initial.{k}": v for k, v in state(head.initial).items()})
+    for name in ("critic.q1.learning.0.weight", "critic.trunk.0.weight", "encoder.convnet.0.weight",
+                 "actor.policy.learning.4.weight", "critic_target.q2.learning.0.weight"):  # fmt: skip
+        assert not torch.equal(before[name], agent.state_dict()[name]), name
+    with pytest.raises(ValueError, match="already injected"):
+        drq.inject_plasticity(agent, optimizers, "critic", None, generator())
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+class Diary:
+    """Everything that happened, kept whole: an oracle for the replay."""
+
+    def __init__(self):
+        self.episodes, self.number = [], 0
+
+    def add(self, first, frame, action=None, reward=0.0, terminated=False):
+        if first:
+            self.episodes.append([])
+        self.episodes[-1].append((self.number, frame, action, reward, terminated))
+        self.number += 1
+
+    def transitions(self, capacity, n_step, gamma):
+        """number of the first frame -> obs, action, reward, discount, next_obs."""
+        result = {}
+        for episode in self.episodes:
+
+            def stack(i, episode=episode):
+                return np.concatenate([episode[max(i - k, 0)][1] for k in (2, 1, 0)])
+
+            for i in range(len(episode) - n_step):
+                needed = episode[i][0] - 2
+                if needed < self.number - capacity and self.number > capacity:
+                    continue
+                window = episode[i + 1 : i + 1 + n_step]
+                reward = sum(gamma**k * step[3] for k, step in enumerate(window))
+                discount = 0.0 if any(step[4] for step in window) else gamma**n_step
+                result[episode[i][0]] = (stack(i), window[0][2], reward, discount, stack(i + n_step))
+        return result
+
+
+@pytest.mark.parametrize("n_step", [1, 3, 5])
+@pytest.mark.parametrize("capacity", [40, 1000], ids=["wrapped", "growing"])
+@pytest.mark.parametrize("seed", range(4))
+def test_replay_against_brute_force(n_step, capacity, seed):
+    rng, diary = np.random.default_rng(seed), Diary()
+    replay = drq.PixelReplay(capacity, 2, "cpu", n_step, 0.9, (3, 2, 2))
+    for _ in range(20):
+        frame = rng.integers(0, 256, (3, 2, 2), dtype=np.uint8)
+        replay.add_first(frame)
+        diary.add(True, frame)
+        for t in range(length := int(rng.integers(1, 15))):
+            frame, action = rng.integers(0, 256, (3, 2, 2), dtype=np.uint8), rng.normal(size=2).astype(np.float32)
+            end = length % 3 == 0 and t == length - 1
+            replay.add(action, 0.5 * t - 1, end, frame)
+            diary.add(False, frame, action, 0.5 * t - 1, end)
+            if t % 4 == 0 or t == length - 1:
+                expected = diary.transitions(capacity, n_step, 0.9)
+                assert len(replay) == len(expected)
+    obs, action, reward, discount, next_obs = replay.sample(1500, generator(seed))
+    seen = {}
+    for i in range(1500):
+        matches = [n for n, (o, a, *_) in expected.items()
+                   if np.array_equal(o, obs[i]) and np.array_equal(a, action[i])]  # fmt: skip
+        (number,) = matches
+        seen[number] = seen.get(number, 0) + 1
+        _, _, r, d, o = expected[number]
+        assert reward[i] == pytest.approx(r, rel=1e-5) and discount[i] == pytest.approx(d)
+        assert np.array_equal(o, next_obs[i])
+    mean = 1500 / len(expected)
+    assert len(seen) > 0.95 * len(expected) and max(seen.values()) < mean + 6 * math.sqrt(mean)  # uniform
+    last = diary.episodes[-1]
+    stack = np.concatenate([last[max(len(last) - 1 - k, 0)][1] for k in (2, 1, 0)])
+    assert np.array_equal(replay.newest()[0], stack)
+
+
+def test_replay_powers_of_gamma_and_termination():
+    replay = drq.PixelReplay(100, 1, "cpu", 3, 0.99, (3, 1, 1))
+    for terminated in (False, True):
+        replay.add_first(np.zeros((3, 1, 1), np.uint8))
+        for t in range(3):
+            replay.add(np.float32([t]), 10.0**t, terminated and t == 2, np.full((3, 1, 1), t + 1, np.uint8))
+    obs, action, reward, discount, next_obs = replay.sample(50, generator())
+    assert (action == 0).all() and (obs == 0).all() and next_obs[0, :, 0, 0].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert torch.allclose(reward, torch.tensor(1 + 0.99 * 10 + 0.99**2 * 100))
+    assert sorted(discount.unique().tolist()) == pytest.approx([0, 0.970299])  # a discount of 0 stays 0
+
+
+def test_replay_memory_and_state(tmp_path):
+    replay = drq.PixelReplay(1000, 6, "cpu")
+    size = sum(ring.numel() * ring.element_size() for ring in (replay.frames, replay.record, replay.start))
+    assert size < 21_300 * 1000  # of a stack: 63,504
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        replay.add_first(rng.integers(0, 256, (3, 84, 84), dtype=np.uint8))
+        for _ in range(10):
+            replay.add(
+                rng.normal(size=6).astype(np.float32), 1.0, False, rng.integers(0, 256, (3, 84, 84), dtype=np.uint8)
+            )
+    torch.save(replay.state_dict(), tmp_path / "replay.pt")
+    assert (tmp_path / "replay.pt").stat().st_size < 1.1 * 33 * 3 * 84 * 84
+    larger = drq.PixelReplay(2000, 6, "cpu")
+    larger.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
+    for a, b in zip(replay.sample(64, generator()), larger.sample(64, generator())):
+        assert torch.equal(a, b)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cudagraphs_equal_eager_across_interventions():
+    results = {}
+    for captured in (False, True):
+        agent, _, arguments = make_agent(cudagraphs=captured, redo_tau=0.5, redo_modules=MODULES)
+        agent.to("cuda")
+        optimizers = drq.make_optimizers(agent, arguments, torch.device("cuda"))
+        step, draws = drq.drqv2_update, generator()
+        torch.cuda.manual_seed(0)
+        for i in range(30):
+            batch = [x.cuda() for x in make_batch(seed=i)]
+            if captured and step is drq.drqv2_update:
+                replay = drq.capture_update(drq.drqv2_update, agent, optimizers, batch, arguments)
+                step = lambda agent, optimizers, batch, arguments, replay=replay: replay(batch)  # noqa: E731
+            metrics = step(agent, optimizers, batch, arguments)
+            if i == 10:
+                drq.recycle_units(agent, optimizers, batch, arguments, draws)
+            if i == 20:
+                drq.reset_agent(agent, optimizers, arguments, draws)
+        results[captured] = state(agent) | metrics
+    for name in results[False]:
+        torch.testing.assert_close(results[True][name], results[False][name], atol=1e-3, rtol=1e-2, msg=name)
