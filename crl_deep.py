@@ -474,7 +474,7 @@ class ResidualMLP(nn.Module):
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
 
 
-class Actor(nn.Module):
+class GaussianActor(nn.Module):
     """pi(a | s, g): a Gaussian squashed by tanh; mean and log standard deviation are two heads of one trunk."""
 
     def __init__(self, state_dim, goal_dim, action_dim, width, depth, **options):
@@ -504,7 +504,7 @@ class Agent(nn.Module):
         super().__init__()
         options = dict(norm=args.norm, activation=args.activation, residual=args.residual)
         critic = dict(width=args.critic_width, depth=args.critic_depth, **options)
-        self.actor = Actor(state_dim, goal_dim, action_dim, args.actor_width, args.actor_depth, **options)
+        self.actor = GaussianActor(state_dim, goal_dim, action_dim, args.actor_width, args.actor_depth, **options)
         self.state_action_encoder = ResidualMLP(state_dim + action_dim, args.repr_dim, **critic)
         self.goal_encoder = ResidualMLP(goal_dim, args.repr_dim, **critic)
         self.log_alpha = nn.Parameter(torch.zeros(()))

@@ -687,7 +687,7 @@ def intervene_at_start(agent, args) -> None:
 
 
 # === DrQ-v2 ===========================================================================================================
-def make_optimizers(agent, args, device) -> list:
+def drqv2_optimizers(agent, args, device) -> list:
     """Adam for encoder, actor and critic."""
     options = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type != "mps")
     options |= dict(capturable=args.cudagraphs)
@@ -1043,7 +1043,7 @@ def train(args: Args) -> Path:
     intervene_at_start(agent, args)
     initial = copy.deepcopy(agent.state_dict()) if args.injection_init == "initial" else None
     agent.to(device, memory_format=layout)
-    optimizers = make_optimizers(agent, args, device)
+    optimizers = drqv2_optimizers(agent, args, device)
     if args.l2_init:
         apply_l2_init(optimizers[0], args.l2_init)
         apply_l2_init(optimizers[2], args.l2_init)

@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import crl_deep as crl
+import drqv2_plasticity as drq
 import redo_dqn_atari as redo
 
 VARIANTS = {
@@ -119,6 +121,57 @@ def measure_td_update(network, variant, options) -> dict:
     return update_row(what, variant, timed(work, options.repeats, options.device), steps, options.device)
 
 
+def measure_drqv2_update(batch_size, variant, options) -> dict:
+    """drqv2_plasticity.drqv2_update on a walker's dimensions, sampling and augmentation included."""
+    device = torch.device(options.device)
+    args = drq.Args(learning_rate=1e-4, feature_dim=50, **VARIANTS[variant])
+    layout = torch.channels_last if args.amp or device.type == "cpu" else torch.contiguous_format
+    agent = drq.DrQv2Agent(6, args).to(device, memory_format=layout)
+    if args.compile:
+        for module in (agent.encoder, agent.actor, agent.critic, agent.critic_target):
+            module.compile(dynamic=False)
+    optimizers = drq.drqv2_optimizers(agent, args, device)
+    replay, generator = drq.PixelReplay(2000, 6, device), torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
+    replay.add_first(np.zeros((3, 84, 84), np.uint8))
+    for _ in range(1000):
+        replay.add(np.zeros(6, np.float32), 1.0, False, rng.integers(256, size=(3, 84, 84), dtype=np.uint8))
+    steps, stddev = max(3, options.work // 100), torch.full((), 0.5, device=device)
+
+    def next_batch():
+        obs, *others, next_obs = replay.sample(batch_size, generator)
+        return [drq.random_shift(obs, 4), *others, drq.random_shift(next_obs, 4), stddev]
+
+    step = partial(drq.drqv2_update, agent, optimizers, args=args)
+    if args.cudagraphs:
+        step = drq.capture_update(drq.drqv2_update, agent, optimizers, next_batch(), args)
+
+    def work():
+        for _ in range(steps):
+            step(next_batch())
+
+    what = f"drqv2_plasticity, batch {batch_size}"
+    return update_row(what, variant, timed(work, options.repeats, options.device), steps, options.device)
+
+
+def measure_pixels(env_id, options) -> dict:
+    """Random actions in one dm_control task in its own process, rendering included."""
+    envs = drq.make_envs(drq.Args(env_id=env_id), 1)
+    envs.reset(seed=[1])
+    rng, steps = np.random.default_rng(0), 200
+    actions = rng.uniform(-1, 1, (steps, *envs.action_space.shape)).astype(np.float32)
+
+    def work():
+        for action in actions:
+            *_, truncated, _ = envs.step(action)
+            if truncated[0]:
+                envs.reset()
+
+    row = steps_row(env_id, "1 process", timed(work, options.repeats, "cpu"), steps, 1)
+    envs.close()
+    return row
+
+
 def measure_game(env_id, num_envs, options) -> dict:
     """Random actions in Atari games, resets included."""
     args = redo.resolve_args(redo.Args(env_id=env_id))
@@ -164,17 +217,21 @@ def steps_row(what, variant, seconds, steps, num_envs) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    scripts = ["crl_deep", "redo_dqn_atari"]
+    scripts = ["crl_deep", "redo_dqn_atari", "drqv2_plasticity"]
     parser.add_argument("--scripts", nargs="*", choices=scripts, default=scripts)
     parser.add_argument("--depths", type=int, nargs="*", default=[4, 16, 64, 256])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="default: all (CUDA graphs: on a GPU only)")
     env_ids = ["point_u_maze", "ant", "ant_u4_maze", "ant_hardest_maze", "humanoid", "humanoid_u_maze"]
     parser.add_argument("--environments", nargs="*", default=env_ids)
     parser.add_argument("--games", nargs="*", default=["ALE/DemonAttack-v5", "ALE/Breakout-v5"])
+    parser.add_argument("--tasks", nargs="*", default=["dm_control/walker-run-v0", "dm_control/quadruped-run-v0"])
     parser.add_argument("--num-envs", type=int, nargs="*", default=[512])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--work", type=int, default=400, help="a repeat does this / depth (crl_deep) or / 4 gradient steps, at least 3"
+        "--work",
+        type=int,
+        default=400,
+        help="a repeat does this / depth (crl_deep), / 4 (redo) or / 100 (drqv2) gradient steps, at least 3",
     )
     parser.add_argument("--out", help="write <out>.csv")
     options = parser.parse_args()
@@ -187,6 +244,9 @@ def main() -> None:
     if "redo_dqn_atari" in options.scripts:
         jobs += [(measure_td_update, network, variant) for network in NETWORKS for variant in variants]
         jobs += [(measure_game, env_id, n) for env_id in options.games for n in (1, 8)]
+    if "drqv2_plasticity" in options.scripts:
+        jobs += [(measure_drqv2_update, batch_size, variant) for batch_size in (256, 512) for variant in variants]
+        jobs += [(measure_pixels, env_id) for env_id in options.tasks]
     hardware = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(f"{hardware}, {os.cpu_count()} cores, torch {torch.__version__}\n", flush=True)
     rows = []

@@ -18,10 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import plot_crl_deep  # noqa: E402
+import plot_drqv2_plasticity as plot_drq  # noqa: E402
 import plot_redo_dqn_atari as plot_redo  # noqa: E402
 import plotting  # noqa: E402
 
 import crl_deep  # noqa: E402
+import drqv2_plasticity  # noqa: E402
 import redo_dqn_atari  # noqa: E402
 
 
@@ -120,6 +122,43 @@ def test_curves_over_gradient_steps():
     assert rows == [(0, 0.1, "0.3"), (0.0625, 0.2, "0.3"), (0.125, 0.4, "0.3")]
 
 
+def pixel_run(name, seed, values, task="walker-run", tag="plasticity/fau/critic"):
+    options = dict(tag=tag, every=50_000, folder=task, action_repeat=2, env_id=f"dm_control/{task}-v0")
+    write_run(f"drqv2-small-{name}", seed, values, **options)
+
+
+def test_curves_of_active_units_with_the_papers_marks():
+    for seed in (1, 2):
+        pixel_run("augmentation", seed, [0.5, 0.4 + 0.1 * seed, 0.3])
+        pixel_run("plain", seed, [0.5, 0.2, 0.1])
+    pixel_run("unasked", 1, [0.0, 0.0])
+    runs = plotting.load_runs("drqv2-small-*")
+    arms = ["augmentation", "plain"]
+    plot_drq.curves([run for run in runs if plot_drq.arm(run) in arms], arms, ["fau/critic"], "out")
+    rows = read_csv("out.csv")
+    ours = {(row["arm"], int(row["frames"])): float(row["mean"]) for row in rows if row["seeds"] == "2"}
+    assert ours == pytest.approx({
+        ("augmentation", 0): 0.5, ("augmentation", 100_000): 0.55, ("augmentation", 200_000): 0.3,
+        ("plain", 0): 0.5, ("plain", 100_000): 0.2, ("plain", 200_000): 0.1})  # fmt: skip
+    paper = {(row["arm"], int(row["frames"])): float(row["mean"]) for row in rows if row["seeds"] == "paper"}
+    assert paper[("augmentation", 300_000)] == 0.433 and paper[("plain", 3_000_000)] == 0.204 and len(paper) == 12
+    plot_drq.curves([run for run in runs if plot_drq.arm(run) in arms], arms, ["fau/critic"], "seeds", every_seed=True)
+    by_seed = {
+        (row["arm"], row["seed"]): row for row in read_csv("seeds.csv") if row["frames"] == "100000" and row["seed"]
+    }
+    assert float(by_seed[("augmentation", "2")]["mean"]) == pytest.approx(0.6) and len(by_seed) == 4
+
+
+def test_bars_are_the_last_returns():
+    for seed, value in ((1, 100.0), (2, 300.0)):
+        pixel_run("layer-norm", seed, [0.0, value], "cheetah-run", "eval/episodic_return")
+    runs = plotting.load_runs("drqv2-small-*")
+    plot_drq.bars(runs, ["augmentation", "layer-norm"], ["return"], "out")
+    first = read_csv("out.csv")[0]
+    assert (first["arm"], first["tag"], float(first["mean"])) == ("layer-norm", "last return", 200)
+    assert Path("out.png").stat().st_size > 10_000
+
+
 def test_final_scores_by_depth_and_variant():
     for depth, residual, score in ((4, True, 10), (8, True, 20), (4, False, 5), (8, False, 1)):
         write_run(f"f-{depth}-{residual}", 1, [0, score], critic_depth=depth, residual=residual)
@@ -193,3 +232,13 @@ def test_film_of_a_game():
     assert first.std() > 10 and (first != last).any()
     colours = first.reshape(-1, 3).astype(int)
     assert np.abs(colours[:, 0] - colours[:, 2]).max() > 50
+
+
+def test_film_of_pixels():
+    import drqv2_plasticity_film
+
+    flags = [*helpers.PIXELS, "--injection", "critic", "--injection-step", 60]
+    run_dir = helpers.run(drqv2_plasticity, *flags)
+    with VideoFileClip(str(drqv2_plasticity_film.film(run_dir, 64))) as clip:
+        assert clip.size == [64, 64] and clip.duration == pytest.approx(20 / 25, abs=0.1)
+        assert clip.get_frame(0).std() > 10 and (clip.get_frame(0) != clip.get_frame(0.7)).any()

@@ -356,7 +356,7 @@ def test_depth_counts_the_dense_layers_inside_the_blocks():
         return sum(isinstance(m, torch.nn.Linear) for m in network.modules())
 
     assert count(crl.ResidualMLP(5, 3, 8, 64)) == 66
-    assert count(crl.Actor(5, 2, 3, 8, 64)) == 67
+    assert count(crl.GaussianActor(5, 2, 3, 8, 64)) == 67
     assert count(crl.ResidualMLP(5, 3, 8, 4)) == 6
     for depth in (0, 6, -4):
         with pytest.raises(ValueError, match="multiple of 4"):

@@ -25,7 +25,7 @@ def make_agent(seed=0, **options):
     arguments = args(**options)
     agent = drq.DrQv2Agent(ACTIONS, arguments)
     drq.intervene_at_start(agent, arguments)
-    return agent, drq.make_optimizers(agent, arguments, torch.device("cpu")), arguments
+    return agent, drq.drqv2_optimizers(agent, arguments, torch.device("cpu")), arguments
 
 
 def make_batch(size=16, image_size=24, seed=0, std=0.5):
@@ -622,7 +622,7 @@ def test_cudagraphs_equal_eager_across_interventions():
     for captured in (False, True):
         agent, _, arguments = make_agent(cudagraphs=captured, redo_tau=0.5, redo_modules=MODULES)
         agent.to("cuda")
-        optimizers = drq.make_optimizers(agent, arguments, torch.device("cuda"))
+        optimizers = drq.drqv2_optimizers(agent, arguments, torch.device("cuda"))
         step, draws = drq.drqv2_update, generator()
         torch.cuda.manual_seed(0)
         for i in range(30):

@@ -29,8 +29,11 @@ class SerialEnvs(gymnasium.vector.SyncVectorEnv):
         self.action = action.copy()
 
     def step_wait(self):
-        self._autoreset_envs[:] = False  # an environment whose episode is over may be stepped on
         return self.step(self.action)
+
+    def step(self, action):
+        self._autoreset_envs[:] = False  # an environment whose episode is over may be stepped on
+        return super().step(action)
 
 
 def make_serial_envs(args, num_envs):

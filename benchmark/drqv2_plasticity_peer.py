@@ -1,0 +1,121 @@
+"""Times one gradient step of drqv2_plasticity.py beside the official DrQ-v2's, and compares their numbers.
+
+    git clone https://github.com/facebookresearch/drqv2
+    python benchmark/drqv2_plasticity_peer.py drqv2 --out runs/figures/drqv2_peer
+
+Both get the same weights, batch and random numbers, in turn, in the same process; official: agent.update on a batch of
+NumPy arrays, augmentation and metrics included; ours: random_shift and drqv2_update on a batch of tensors. Drawing the
+batch from the replay is in neither.
+"""
+
+import argparse
+import csv
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import drqv2_plasticity as drq
+
+STDDEV = 0.5
+
+
+def load_official(folder: str, action_dim: int, device: str):
+    """The official agent from a clone of its repository; Hydra, which only its main program needs, is left out."""
+    for name in ("hydra", "omegaconf"):
+        sys.modules.setdefault(name, types.SimpleNamespace(OmegaConf=None))
+    sys.path.insert(0, folder)
+    import drqv2
+
+    return drqv2.DrQV2Agent((9, 84, 84), (action_dim,), device, 1e-4, 50, 1024, 0.01, 2000, 1, str(STDDEV), 0.3, True)
+
+
+def make_ours(official, action_dim, device, **options) -> tuple:
+    """Our agent with the official one's weights -> agent, optimizers, arguments."""
+    args = drq.Args(learning_rate=1e-4, feature_dim=50, **options)
+    agent = drq.DrQv2Agent(action_dim, args)
+    for ours, theirs in (
+        (agent.encoder, official.encoder), (agent.actor, official.actor), (agent.critic, official.critic),
+        (agent.critic_target, official.critic_target),
+    ):  # fmt: skip
+        ours.load_state_dict({k.replace("Q", "q"): v for k, v in theirs.state_dict().items()})
+    layout = torch.channels_last if args.amp or device == "cpu" else torch.contiguous_format
+    agent.to(device, memory_format=layout)
+    return agent, drq.drqv2_optimizers(agent, args, torch.device(device)), args
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("official", help="a clone of facebookresearch/drqv2")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", help="write <out>.csv")
+    options = parser.parse_args()
+    device, size, action_dim = options.device, options.batch_size, 6
+    torch.manual_seed(0)
+    official = load_official(options.official, action_dim, device)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, size, 9, 84, 84), dtype=np.uint8)
+    action = rng.uniform(-1, 1, (size, action_dim)).astype(np.float32)
+    reward, discount = rng.uniform(size=(size, 1)).astype(np.float32), np.full((size, 1), 0.970299, np.float32)
+    arrays = [images[0], action, reward, discount, images[1]]
+    obs, action, reward, discount, next_obs = (torch.from_numpy(x).to(device) for x in arrays)
+
+    def official_step():
+        metrics = official.update(iter([arrays]), 0)
+        return metrics["critic_loss"], metrics["actor_loss"]
+
+    def our_step(agent, optimizers, args, step=None):
+        batch = [drq.random_shift(obs, 4), action, reward[:, 0], discount[:, 0], drq.random_shift(next_obs, 4)]
+        batch.append(torch.full((), STDDEV, device=device))
+        metrics = step(batch) if step else drq.drqv2_update(agent, optimizers, batch, args)
+        return metrics["losses/critic"], metrics["losses/actor"]
+
+    def prepared(captured=False, **flags):
+        ours = make_ours(official, action_dim, device, **flags)
+        step = None
+        if captured:
+            batch = [obs, action, reward[:, 0], discount[:, 0], next_obs, torch.full((), STDDEV, device=device)]
+            step = drq.capture_update(drq.drqv2_update, *ours[:2], batch, ours[2])
+        return lambda: our_step(*ours, step)
+
+    variants = {"official": official_step, "ours, float32": prepared(), "ours, bfloat16": prepared(amp=True)}
+    if device == "cuda":
+        variants["ours, float32, captured"] = prepared(True, cudagraphs=True)
+        variants["ours, bfloat16, captured"] = prepared(True, cudagraphs=True, amp=True)
+    seconds = {name: [] for name in variants}
+    for repeat in range(options.repeats + 1):
+        losses = {}
+        for name, step in variants.items():
+            torch.manual_seed(repeat)
+            start = time.perf_counter()
+            losses[name] = [float(x) for x in step()]
+            if repeat:  # the first one warms up
+                seconds[name].append(time.perf_counter() - start)
+        print(f"step {repeat}: critic and actor loss", {k: [f"{x:.5f}" for x in v] for k, v in losses.items()})
+    rows = []
+    for name, times in seconds.items():
+        ratios = np.array(seconds["official"]) / times
+        rows.append({"variant": name, "seconds": np.median(times), "fastest": min(times), "slowest": max(times),
+                     "ratio": np.median(ratios),
+                     "lowest ratio": min(ratios), "highest ratio": max(ratios)})  # fmt: skip
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{hardware}, torch {torch.__version__}, batch {size}, {options.repeats} repeats in turn; medians")
+    for row in rows:
+        print(f"{row['variant']:26s} {row['seconds']:.4f} s   {row['ratio']:.2f} times the official speed "
+              f"({row['lowest ratio']:.2f} to {row['highest ratio']:.2f})")  # fmt: skip
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{options.out}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.4g}" if not isinstance(v, str) else v for k, v in row.items()} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
