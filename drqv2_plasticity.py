@@ -168,6 +168,7 @@ CONFLICTS = (
     ("reset_times", "injection", "the reset would end what was injected"),
     ("reset_every", "injection", "the reset would end what was injected"),
     ("shrink_perturb_every", "injection", "the frozen heads would change"),
+    ("redo_period_gradient_steps", "spectral_norm", "the normalised layer cannot be edited"),
     ("reset_times", "spectral_norm", "the normalised layer cannot be drawn anew"),
     ("reset_every", "spectral_norm", "the normalised layer cannot be drawn anew"),
     ("shrink_perturb_every", "spectral_norm", "the normalised layer would undo it"),
@@ -492,7 +493,8 @@ def look_at_plasticity(agent, optimizers, batch, history: dict, taus: tuple) -> 
         for tau in taus:
             metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = (score <= tau).float().mean()
         mask = score <= taus[0]
-        metrics[f"plasticity/overlap/{name}"] = overlap(mask, history.get(name, mask))
+        if name in history:
+            metrics[f"plasticity/overlap/{name}"] = overlap(mask, history[name])
         history[name] = mask
         metrics[f"plasticity/feature_rank/{name}"] = feature_rank(last[name])
         weights = list(getattr(agent, name).parameters())
@@ -1038,11 +1040,10 @@ def train(args: Args) -> Path:
 
     envs, eval_envs = make_envs(args, 1), make_envs(args, min(args.eval_episodes, os.cpu_count()))
     action_dim = math.prod(envs.single_action_space.shape)
-    layout = torch.channels_last if args.amp or device.type == "cpu" else torch.contiguous_format
     agent = DrQv2Agent(action_dim, args)
     intervene_at_start(agent, args)
     initial = copy.deepcopy(agent.state_dict()) if args.injection_init == "initial" else None
-    agent.to(device, memory_format=layout)
+    agent.to(device, memory_format=torch.channels_last)
     optimizers = drqv2_optimizers(agent, args, device)
     if args.l2_init:
         apply_l2_init(optimizers[0], args.l2_init)

@@ -43,8 +43,7 @@ def make_ours(official, action_dim, device, **options) -> tuple:
         (agent.critic_target, official.critic_target),
     ):  # fmt: skip
         ours.load_state_dict({k.replace("Q", "q"): v for k, v in theirs.state_dict().items()})
-    layout = torch.channels_last if args.amp or device == "cpu" else torch.contiguous_format
-    agent.to(device, memory_format=layout)
+    agent.to(device, memory_format=torch.channels_last)
     return agent, drq.drqv2_optimizers(agent, args, torch.device(device)), args
 
 

@@ -125,8 +125,7 @@ def measure_drqv2_update(batch_size, variant, options) -> dict:
     """drqv2_plasticity.drqv2_update on a walker's dimensions, sampling and augmentation included."""
     device = torch.device(options.device)
     args = drq.Args(learning_rate=1e-4, feature_dim=50, **VARIANTS[variant])
-    layout = torch.channels_last if args.amp or device.type == "cpu" else torch.contiguous_format
-    agent = drq.DrQv2Agent(6, args).to(device, memory_format=layout)
+    agent = drq.DrQv2Agent(6, args).to(device, memory_format=torch.channels_last)
     if args.compile:
         for module in (agent.encoder, agent.actor, agent.critic, agent.critic_target):
             module.compile(dynamic=False)
