@@ -29,7 +29,9 @@ Where this differs from the official code (facebookresearch/drqv2; Guozheng-Ma/A
  8. Evaluations play other episodes than the training, side by side; officially both begin with the same seed.
 Plasticity injection draws a new head, as in its paper (Nikishin et al. 2023); the authors' code takes the head's own
 initial weights (--injection-init initial).
-Not in this file: the frozen ImageNet encoder (Fig. 4), pruning, Atari-100k.
+A checkpoint may come at any step: on resume the interrupted episode is played again from its seed and actions.
+Not in this file: the frozen ImageNet encoder (Fig. 4), pruning, Atari-100k; films (benchmark/drqv2_plasticity_film.py
+makes one of any run).
 """
 
 import copy
@@ -105,10 +107,10 @@ class Args:
     augmentation_switch_step: int | None = None  # from this step on the opposite
     shift_pad: int = 4  # largest random shift in pixels
     priming_gradient_steps: int = 0  # heavy priming: gradient steps at once when learning starts (paper: 100000)
-    priming_augmentation: bool = True  # random shifts while priming
+    priming_augmentation: Literal["same", "on", "off"] = "same"  # random shifts while priming; same: as at first
 
     # interventions
-    reset_times: int = 0  # resets in the whole run, at equal distances, the last one at its end (paper: 10)
+    reset_times: int = 0  # cut the run into so many equal parts with a reset after each but the last (paper: 10)
     reset_every: int = 0  # or: steps between resets; 0: none
     reset_scope: Literal["mlp", "fc", "all"] = "fc"  # what is drawn anew: the heads; and the trunks; and the encoder
     reset_modules: tuple[Literal["actor", "critic"], ...] = ("actor", "critic")  # whose heads and trunks
@@ -116,12 +118,12 @@ class Args:
     weight_decay: float = 0.0  # times the weights, added to all gradients before Adam (paper: 1e-5)
     l2_init: float = 0.0  # times the squared distance of critic and encoder from their initial weights (paper: 1e-2)
     layer_norm: bool = False  # layer norm between each convolution or hidden linear layer and its ReLU
-    spectral_norm: bool = False  # bound the spectral norm of the actor's and critic's first linear layer by 1
+    spectral_norm: bool = False  # divide the first linear layer of actor and critic by its spectral norm
     crelu: Literal["none", "half", "full"] = "none"  # the critic's heads get [ReLU(x), ReLU(-x)] of half or all units
     shrink_perturb_every: int = 0  # steps between critic weights := shrink * weights + perturb * new ones; 0: never
     shrink: float = 0.8  # factor of the old weights (ours: the paper gives none)
     perturb: float = 0.2  # factor of the freshly drawn ones (ours)
-    redo_period_gradient_steps: int = 0  # gradient steps between recycling dormant neurons; 0: never (usual: 1000)
+    redo_period_gradient_steps: int = 0  # gradient steps between recyclings (none while priming); 0: never
     redo_tau: float = 0.025  # recycle neurons with a score of at most this
     redo_batch_size: int = 64  # transitions that the scores are taken over
     redo_modules: tuple[Literal["encoder", "actor", "critic"], ...] = ("critic",)  # where neurons are recycled
@@ -134,7 +136,7 @@ class Args:
     eval_episodes: int = 10  # episodes of an evaluation, with the mean action
     plasticity_every: int = 5000  # steps between looks at dormant ratios, overlaps, feature ranks and norms
     plasticity_batch_size: int = 256  # transitions for them
-    dormant_tau: tuple[float, ...] = (0.0, 0.025, 0.1)  # thresholds that are logged; overlaps use the first
+    dormant_tau: tuple[float, ...] = (0.025, 0.0, 0.1)  # thresholds that are logged; overlaps use the first
     log_every: int = 500  # steps between logs of losses, fractions of active units and speed
 
     # speed
@@ -161,20 +163,25 @@ TASKS = {
 }  # fmt: skip
 # Pairs of flags that do not go together
 CONFLICTS = (
-    ("reset_times", "reset_every", "both say when to reset"),
     ("redo_period_gradient_steps", "layer_norm", "recycling one neuron would change the others"),
     ("redo_period_gradient_steps", "crelu", "a neuron has two outputs"),
     ("redo_period_gradient_steps", "injection", "a head of three networks has no neurons of its own to recycle"),
-    ("reset_times", "injection", "the reset would end what was injected"),
-    ("reset_every", "injection", "the reset would end what was injected"),
-    ("shrink_perturb_every", "injection", "the frozen heads would change"),
     ("redo_period_gradient_steps", "spectral_norm", "the normalised layer cannot be edited"),
-    ("reset_times", "spectral_norm", "the normalised layer cannot be drawn anew"),
+    ("reset_every", "injection", "the reset would end what was injected"),
     ("reset_every", "spectral_norm", "the normalised layer cannot be drawn anew"),
+    ("shrink_perturb_every", "injection", "the frozen heads would change"),
     ("shrink_perturb_every", "spectral_norm", "the normalised layer would undo it"),
+    ("l2_init", "injection", "the new head would be drawn to the first weights of the old one"),
 )
+# Flags that do nothing without another one
+NEEDS = dict(
+    reset_scope="reset_every", reset_modules="reset_every", reset_optimizer="reset_every", injection_step="injection",
+    injection_init="injection", redo_tau="redo_period_gradient_steps", redo_modules="redo_period_gradient_steps",
+    shrink="shrink_perturb_every", perturb="shrink_perturb_every", priming_augmentation="priming_gradient_steps",
+)  # fmt: skip
 SCRIPT, ACTION_REPEAT = "drqv2_plasticity", 2
 ACTION_LIMIT = 1 - 1e-6  # actions are clamped to this
+HEADS = {"actor": ["policy"], "critic": ["q1", "q2"]}  # the parts of a module that are multi-layer perceptrons
 # What may be given anew with --resume: it does not change what is learned.
 RESUMABLE = ("resume total_timesteps device buffer_device eval_every eval_episodes checkpoint_every checkpoint_replay "
              "track wandb_project_name wandb_entity save_model log_every compile cudagraphs torch_deterministic "
@@ -191,6 +198,8 @@ class PixelEnv(gymnasium.Wrapper):
 
     def __init__(self, env, image_size: int):
         super().__init__(env)
+        if not (isinstance(env.action_space, gymnasium.spaces.Box) and env.action_space.is_bounded()):
+            raise TypeError(f"its actions are not numbers within bounds: {env.action_space}")
         self.low, self.high = env.action_space.low, env.action_space.high
         self.action_space = gymnasium.spaces.Box(-1, 1, env.action_space.shape, np.float32)
         self.observation_space = gymnasium.spaces.Box(0, 255, (3, image_size, image_size), np.uint8)
@@ -225,7 +234,7 @@ class PixelEnv(gymnasium.Wrapper):
 def make_env(env_id: str, image_size: int) -> PixelEnv:
     """An environment that renders image_size x image_size pixels; camera 2 sees quadrupeds, camera 0 all others."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the learner, which ends its environments
+        os.setpgrp()  # signals to the learner's group are for the learner, which ends its environments
     options = dict(width=image_size, height=image_size)
     if env_id.startswith("dm_control/"):
         if sys.platform == "linux":
@@ -318,15 +327,22 @@ class PixelReplay:
     def state_dict(self) -> dict:
         state = {k: getattr(self, k) for k in ("num_frames", "num_starts", "oldest_start", "age")}
         for name, filled in dict(frames=self.num_frames, record=self.num_frames, start=self.num_starts).items():
-            ring = getattr(self, name)
-            state[name] = ring if filled >= self.capacity else ring[:filled].clone()  # a mere view would save it all
+            # Through NumPy: the filled part without a copy, where a mere view of the tensor would save all of it
+            state[name] = torch.from_numpy(getattr(self, name)[:filled].cpu().numpy())
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("frames", "record", "start"):
-            getattr(self, name)[: len(state[name])] = state[name]
+        """Also from a ring of another capacity."""
         for name in ("num_frames", "num_starts", "oldest_start", "age"):
             setattr(self, name, state[name])
+        self.oldest_start = max(self.oldest_start, self.num_starts - self.capacity)
+        for name, last in dict(frames=self.num_frames, record=self.num_frames, start=self.num_starts).items():
+            ring, saved = getattr(self, name), state[name]
+            if len(saved) in (last, self.capacity) and len(saved) <= self.capacity:
+                ring[: len(saved)] = saved
+            else:
+                numbers = torch.arange(max(0, last - min(len(saved), self.capacity)), last)
+                ring[(numbers % self.capacity).to(ring.device)] = saved[numbers % len(saved)].to(ring.device)
 
 
 def random_shift(obs: torch.Tensor, pad: int, shift: torch.Tensor | None = None) -> torch.Tensor:
@@ -370,7 +386,7 @@ class Encoder(nn.Module):
         self.apply(draw_layer)
 
     def forward(self, obs):
-        x = obs.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
+        x = obs.to(torch.float32, memory_format=torch.channels_last).div(255).sub_(0.5)
         features, active = self.convnet(x)
         return features.flatten(1), active
 
@@ -451,7 +467,7 @@ def fau(activations: list) -> torch.Tensor:
 
 
 def dormant_score(activation: torch.Tensor) -> torch.Tensor:
-    """Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
+    """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
     all 0 when the whole layer is silent.
@@ -461,34 +477,41 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The overlap coefficient of two masks (neurons,): |A and B| / min(|A|, |B|) (Fig. 5); NaN when one is empty."""
+    """The overlap coefficient of two masks (neurons,): |A and B| / min(|A|, |B|); NaN when one is empty (Sokar et al.
+    2023, Fig. 5)."""
     return (a & b).sum() / torch.minimum(a.sum(), b.sum())
 
 
 def feature_rank(features: torch.Tensor, delta: float = 0.01) -> torch.Tensor:
-    """How many singular values of (batch, neurons) hold a share 1 - delta of their sum (Kumar et al. 2021; Table 7);
-    NaN where a feature is not finite."""
+    """How many singular values of (batch, neurons) hold a share 1 - delta of their sum (Kumar et al. 2021;
+    Sokar et al. 2023, Table 7); NaN where a feature is not finite."""
     if not features.isfinite().all():
         return torch.tensor(math.nan)
     share = torch.linalg.svdvals(features.float()).cumsum(0)
     return (share < (1 - delta) * share[-1]).sum() + 1
 
 
+def activations(agent, batch) -> tuple:
+    """features (batch, feature_size) and, by module, the activations after every ReLU, for a batch from the replay."""
+    obs, action, *_ = batch
+    features, encoder_active = agent.encoder(obs)
+    return features, dict(encoder=encoder_active, actor=agent.actor(features)[1],
+                          critic=agent.critic(features, action)[2])  # fmt: skip
+
+
 @torch.no_grad()
-def look_at_plasticity(agent, optimizers, batch, history: dict, taus: tuple) -> dict:
+def look_at_plasticity(agent, batch, history: dict, taus: tuple) -> dict:
     """What is logged about encoder, actor and critic on a batch -> metrics.
 
     Dormant ratios (Sokar et al. 2023) count all hidden neurons of a module, a feature map as one. The overlap is that
     of the dormant neurons (by the first tau) with those of the previous look, which `history` holds. The feature rank
     is that of the last hidden activations, of the first Q head for the critic. Norms are over all weights of a module
-    and over the last update's gradients.
+    that learn, and over the last update's gradients, those of L2-Init included.
     """
-    obs, action, *_ = batch
-    features, encoder_active = agent.encoder(obs)
-    actor_active, critic_active = agent.actor(features)[1], agent.critic(features, action)[2]
-    last = dict(encoder=features, actor=actor_active[-1], critic=critic_active[1])
+    features, by_module = activations(agent, batch)
+    last = dict(encoder=features, actor=by_module["actor"][-1], critic=by_module["critic"][1])
     metrics = {}
-    for name, active in dict(encoder=encoder_active, actor=actor_active, critic=critic_active).items():
+    for name, active in by_module.items():
         score = torch.cat([dormant_score(a) for a in active])
         for tau in taus:
             metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = (score <= tau).float().mean()
@@ -497,7 +520,7 @@ def look_at_plasticity(agent, optimizers, batch, history: dict, taus: tuple) -> 
             metrics[f"plasticity/overlap/{name}"] = overlap(mask, history[name])
         history[name] = mask
         metrics[f"plasticity/feature_rank/{name}"] = feature_rank(last[name])
-        weights = list(getattr(agent, name).parameters())
+        weights = [p for p in getattr(agent, name).parameters() if p.requires_grad]
         metrics[f"plasticity/weight_norm/{name}"] = torch.stack(torch._foreach_norm(weights)).norm()
         gradients = [p.grad for p in weights if p.grad is not None]
         if gradients:
@@ -557,7 +580,7 @@ def apply_l2_init(optimizer, coefficient: float) -> None:
 
 def forget(optimizer, parameter, mask) -> None:
     """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
-    for value in optimizer.state[parameter].values():
+    for value in optimizer.state.get(parameter, {}).values():
         if value.shape == parameter.shape:
             value.masked_fill_(mask, 0)
 
@@ -566,12 +589,10 @@ def optimizer_of(parameter, optimizers):
     return next(o for o in optimizers if any(parameter is p for p in o.param_groups[0]["params"]))
 
 
-def draw_anew(module, optimizers, generator, forgetting: bool) -> None:
-    """Draws all layers of a module anew, in place; with `forgetting` Adam starts anew, too."""
-    for layer in module.modules():
-        draw_layer(layer, generator)
-    for parameter in module.parameters() if forgetting else ():
-        for value in optimizer_of(parameter, optimizers).state[parameter].values():
+def forget_all(module, optimizers) -> None:
+    """Adam starts anew for all of a module's weights, in place."""
+    for parameter in module.parameters():
+        for value in optimizer_of(parameter, optimizers).state.get(parameter, {}).values():
             value.zero_()
 
 
@@ -581,14 +602,18 @@ def reset_agent(agent, optimizers, args, generator) -> None:
     Scope mlp: the three linear layers of each head, "the last layers" of their text; fc: also the trunks, as in their
     code; all: also the encoder. The replay is kept.
     """
+    drawn = ["encoder"] * (args.reset_scope == "all")
     for name in args.reset_modules:
-        parts = dict(actor=["policy"], critic=["q1", "q2"])[name] + ["trunk"] * (args.reset_scope != "mlp")
-        for part in parts:
-            draw_anew(getattr(getattr(agent, name), part), optimizers, generator, args.reset_optimizer)
-            if name == "critic":
-                getattr(agent.critic_target, part).load_state_dict(getattr(agent.critic, part).state_dict())
-    if args.reset_scope == "all":
-        draw_anew(agent.encoder, optimizers, generator, args.reset_optimizer)
+        for part in HEADS[name] + ["trunk"] * (args.reset_scope != "mlp"):
+            drawn.append(f"{name}.{part}")
+    for name in drawn:
+        module = agent.get_submodule(name)
+        for layer in module.modules():
+            draw_layer(layer, generator)
+        if args.reset_optimizer:
+            forget_all(module, optimizers)
+        if name.startswith("critic"):
+            agent.get_submodule(name.replace("critic", "critic_target")).load_state_dict(module.state_dict())
 
 
 @torch.no_grad()
@@ -604,18 +629,21 @@ def shrink_and_perturb(module, shrink: float, perturb: float, generator) -> None
 @torch.no_grad()
 def recycle_units(agent, optimizers, batch, args, generator) -> dict:
     """ReDo (Sokar et al. 2023) on a batch, in place -> metrics: neurons with a score of at most redo_tau get newly
-    drawn incoming weights, a bias of 0, outgoing weights of 0, and Adam forgets all these. The target is left alone."""
-    obs, action, *_ = batch
-    features, encoder_active = agent.encoder(obs)
-    actor_active, critic_active = agent.actor(features)[1], agent.critic(features, action)[2]
-    heads = dict(actor=[agent.actor.policy], critic=[agent.critic.q1, agent.critic.q2], encoder=[agent.encoder.convnet])
-    active = dict(actor=[actor_active], critic=[critic_active[:2], critic_active[2:]], encoder=[encoder_active])
+    drawn incoming weights, a bias of 0, outgoing weights of 0, and Adam forgets all these. The target critic is left
+    alone, but for what it reads of recycled feature maps."""
+    active = activations(agent, batch)[1]
     counts = {}
     for name in args.redo_modules:
-        count = 0
-        for layers, activations in zip(heads[name], active[name]):
-            weighted = [layer for layer in layers if hasattr(layer, "weight")]
-            masks = [dormant_score(a) <= args.redo_tau for a in activations]
+        stacks = (
+            [agent.encoder.convnet] if name == "encoder" else [getattr(getattr(agent, name), h) for h in HEADS[name]]
+        )
+        scores = iter(dormant_score(a) for a in active[name])
+        for layers in stacks:
+            weighted = [layer for layer in layers if not isinstance(layer, nn.ReLU)]
+            readers = [[layer] for layer in weighted[1:]]
+            if name == "encoder":  # also the target critic reads the features
+                readers.append([module.trunk[0] for module in (agent.actor, agent.critic, agent.critic_target)])
+            masks = [next(scores) <= args.redo_tau for _ in readers]
             for layer, mask in zip(weighted, masks):
                 fresh = copy.deepcopy(layer)
                 draw_layer(fresh, generator)
@@ -623,15 +651,14 @@ def recycle_units(agent, optimizers, batch, args, generator) -> dict:
                     rows = mask.view(-1, *[1] * (parameter.dim() - 1))
                     parameter.copy_(torch.where(rows, new, parameter))
                     forget(optimizer_of(parameter, optimizers), parameter, rows)
-            readers = [[layer] for layer in weighted[1:]] + [[agent.actor.trunk[0], agent.critic.trunk[0]]]
-            for following, mask in zip(readers, masks):
-                for layer in following:
-                    columns = mask.repeat_interleave(layer.weight.shape[1] // len(mask))  # a feature map: its positions
-                    columns = columns.view(1, -1, *[1] * (layer.weight.dim() - 2))
-                    layer.weight.masked_fill_(columns, 0)
+            for layer, mask in [(layer, mask) for group, mask in zip(readers, masks) for layer in group]:
+                columns = mask.repeat_interleave(layer.weight.shape[1] // len(mask))  # a feature map's positions
+                columns = columns.view(1, -1, *[1] * (layer.weight.dim() - 2))
+                layer.weight.masked_fill_(columns, 0)
+                if layer.weight.requires_grad:
                     forget(optimizer_of(layer.weight, optimizers), layer.weight, columns)
-            count += sum(mask.sum() for mask in masks)
-        counts[f"plasticity/redo_recycled/{name}"] = count
+            tag = f"plasticity/redo_recycled/{name}"
+            counts[tag] = counts.get(tag, 0) + sum(mask.sum() for mask in masks)
     return counts
 
 
@@ -661,7 +688,7 @@ def inject_plasticity(agent, optimizers, name: str, initial: dict | None, genera
 
     initial: the agent's first state_dict, for the variant of the authors' code; None: heads drawn anew.
     """
-    for part in dict(actor=["policy"], critic=["q1", "q2"])[name]:
+    for part in HEADS[name]:
         owner = getattr(agent, name)
         new = copy.deepcopy(getattr(owner, part))
         for layer in new.modules():
@@ -671,8 +698,7 @@ def inject_plasticity(agent, optimizers, name: str, initial: dict | None, genera
             new.load_state_dict({k.removeprefix(prefix): v for k, v in initial.items() if k.startswith(prefix)})
         for module in [owner] + [agent.critic_target] * (name == "critic"):
             setattr(module, part, InjectedHead(getattr(module, part), new.state_dict()))
-        for parameter in getattr(owner, part).learning.parameters():
-            forget(optimizer_of(parameter, optimizers), parameter, torch.ones_like(parameter, dtype=torch.bool))
+        forget_all(getattr(owner, part).learning, optimizers)
 
 
 def intervene_at_start(agent, args) -> None:
@@ -691,8 +717,7 @@ def intervene_at_start(agent, args) -> None:
 # === DrQ-v2 ===========================================================================================================
 def drqv2_optimizers(agent, args, device) -> list:
     """Adam for encoder, actor and critic."""
-    options = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=device.type != "mps")
-    options |= dict(capturable=args.cudagraphs)
+    options = dict(lr=args.learning_rate, fused=device.type != "mps", capturable=args.cudagraphs)
     return [torch.optim.Adam(m.parameters(), **options) for m in (agent.encoder, agent.actor, agent.critic)]
 
 
@@ -852,7 +877,12 @@ def resolve_args(args: Args) -> Args:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    value = vars(args)
+    if args.reset_times == 1 or (args.reset_times and args.reset_every):
+        both = "does not go with --reset-every: both say when to reset"
+        refuse("reset_times", args.reset_times, both if args.reset_every else "must be 0 or at least 2 parts")
+    if args.reset_times > 1:
+        args.reset_every, args.reset_times = -(-args.total_timesteps // args.reset_times), 0
+    value, default = vars(args), asdict(Args())
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     for name in ("total_timesteps", "stddev_steps"):
         if value[name] is None:
@@ -869,14 +899,15 @@ def resolve_args(args: Args) -> Args:
             "redo_period_gradient_steps", "redo_tau") if not value[n] >= 0],
         "must lie between 0 and 2**32 - 1": ["seed"] * (not 0 <= args.seed < 2**32),
         "must lie between 0 and 1": [n for n in ("gamma", "tau") if not 0 <= value[n] <= 1],
-        "must be at least 19: the convolutions leave nothing of less": ["image_size"] * (args.image_size < 19),
+        "must be at least 15: the convolutions leave nothing of less": ["image_size"] * (args.image_size < 15),
         f"must be less than --image-size {args.image_size}": ["shift_pad"] * (args.shift_pad >= args.image_size),
         "must be k or 1/k with a whole k": ["replay_ratio"] * (
-            not ratio > 0 or abs(max(ratio, 1 / ratio) - round(max(ratio, 1 / ratio))) > 1e-6),
+            not 1e-6 < ratio < 1e6 or abs(max(ratio, 1 / ratio) - round(max(ratio, 1 / ratio))) > 1e-6),
         f"must be at most --learning-starts {args.learning_starts}": [n for n in (
-            "batch_size", "redo_batch_size", "plasticity_batch_size", "n_step") if value[n] > args.learning_starts],
+            "batch_size", "plasticity_batch_size", "n_step") if value[n] > args.learning_starts],
         f"must be at most --buffer-size {args.buffer_size}":
             ["learning_starts"] * (args.learning_starts > args.buffer_size),
+        f"must be at least --n-step {args.n_step} + 4": ["buffer_size"] * (args.buffer_size < args.n_step + 4),
         f"must be more than --learning-starts {args.learning_starts}":
             ["total_timesteps"] * (args.total_timesteps <= args.learning_starts),
         f"must lie between 1 and --total-timesteps {args.total_timesteps} - 1": [n for n, given in (
@@ -884,10 +915,10 @@ def resolve_args(args: Args) -> Args:
             ("injection_step", bool(args.injection)), ("reset_every", args.reset_every > 0),
             ("shrink_perturb_every", args.shrink_perturb_every > 0),
             ) if given and not 0 < value[n] < args.total_timesteps],
-        f"must be at most --total-timesteps {args.total_timesteps}":
-            ["reset_times"] * (args.reset_times > args.total_timesteps),
         "must name each module once: a head that is already injected cannot be injected again":
             ["injection"] * (len(set(args.injection)) < len(args.injection)),
+        f"is more than --learning-starts {args.learning_starts}": ["redo_batch_size"] * bool(
+            args.redo_period_gradient_steps and args.redo_batch_size > args.learning_starts),
         "must name a module": [n for n in ("reset_modules", "redo_modules") if not value[n]],
         "must hold thresholds that are not negative":
             ["dormant_tau"] * (not args.dormant_tau or not all(tau >= 0 for tau in args.dormant_tau)),
@@ -896,23 +927,28 @@ def resolve_args(args: Args) -> Args:
         "torch sees no such device here": [n for n in ("device", "buffer_device") if missing.get(value[n])],
         f"needs --device cuda, not {args.device}": ["cudagraphs"] * (args.cudagraphs and args.device != "cuda"),
     }  # fmt: skip
-    for limit, names in wrong.items():
+    infinite = [n for n, v in value.items() if isinstance(v, float) and not math.isfinite(v)]
+    for limit, names in ({"must be a finite number": infinite} | wrong).items():
         for name in names:
             refuse(name, value[name], limit)
     for name, other, reason in CONFLICTS:
-        if all(value[n] != Args.__dataclass_fields__[n].default for n in (name, other)):
+        if value[name] != default[name] and value[other] != default[other]:
             refuse(name, value[name], f"does not go with --{other.replace('_', '-')}: {reason}")
+    for name, other in NEEDS.items():
+        if value[name] != default[name] and value[other] == default[other]:
+            refuse(name, value[name], f"does nothing without --{other.replace('_', '-')}")
     try:
         env = make_env(args.env_id, args.image_size)
         frame, actions = env.reset(seed=0)[0], env.unwrapped.action_space
         env.close()
-    except gymnasium.error.Error as error:
+    except gymnasium.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(args.env_id, gymnasium.registry, n=1)
         refuse("env_id", args.env_id, f"did you mean {close[0]}?" if close else " ".join(str(error).split()))
     except Exception as error:
-        refuse("env_id", args.env_id, f"cannot be rendered ({' '.join(f'{type(error).__name__}: {error}'.split())}); "
-               "without a screen MuJoCo needs MUJOCO_GL=egl and, on Debian or Ubuntu, the packages libegl1 "
-               "libgl1-mesa-dri libglx-mesa0 libopengl0")  # fmt: skip
+        packages = ("; without a screen MuJoCo needs MUJOCO_GL=egl and, on Debian or Ubuntu, the packages libegl1 "
+                    "libgl1-mesa-dri libglx-mesa0 libopengl0") * args.env_id.startswith("dm_control/")  # fmt: skip
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        refuse("env_id", args.env_id, f"cannot be played through its pixels ({reason}){packages}")
     if frame.shape != (3, args.image_size, args.image_size):
         refuse("env_id", args.env_id, f"renders {frame.shape}, not (3, {args.image_size}, {args.image_size})")
 
@@ -922,8 +958,6 @@ def resolve_args(args: Args) -> Args:
     if args.buffer_device == "auto":
         fits = args.device == "cuda" and replay_bytes + work_bytes < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
-    if args.reset_times:
-        args.reset_every, args.reset_times = args.total_timesteps // args.reset_times, 0
     needed = {args.device: work_bytes}
     needed[args.buffer_device] = needed.get(args.buffer_device, 0) + replay_bytes
     for device, total in needed.items():
@@ -1043,11 +1077,12 @@ def train(args: Args) -> Path:
     agent = DrQv2Agent(action_dim, args)
     intervene_at_start(agent, args)
     initial = copy.deepcopy(agent.state_dict()) if args.injection_init == "initial" else None
-    agent.to(device, memory_format=torch.channels_last)
+    agent.to(device, memory_format=torch.channels_last).eval()  # only updates move the spectral norm's estimate
     optimizers = drqv2_optimizers(agent, args, device)
-    if args.l2_init:
-        apply_l2_init(optimizers[0], args.l2_init)
-        apply_l2_init(optimizers[2], args.l2_init)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay
+    for optimizer in (optimizers[0], optimizers[2]) if args.l2_init else ():  # those of the critic's loss
+        apply_l2_init(optimizer, args.l2_init)
     replay = PixelReplay(replay_capacity(args), action_dim, args.buffer_device, args.n_step, args.gamma,
                          (3, args.image_size, args.image_size))  # fmt: skip
     # Streams of random numbers of their own, so that looking at the network or resetting does not change the batches
@@ -1056,7 +1091,9 @@ def train(args: Args) -> Path:
         generator.manual_seed(args.seed + i * 2**32)
 
     start = dict(global_step=0, gradient_steps=0, primed=0, episode=0, episode_actions=[], episode_return=0.0)
-    start |= dict(injected=False, history={}, learning_from=args.learning_starts, replay=None, sums={}, count=0)
+    start |= dict(
+        evaluated=-1, injected=False, history={}, learning_from=args.learning_starts, replay=None, sums={}, count=0
+    )
     start |= dict(walltime=0.0)
     if args.resume:
         run_dir = Path(args.resume)
@@ -1078,7 +1115,8 @@ def train(args: Args) -> Path:
         run_dir = Path("runs") / name
     global_step, gradient_steps, primed, episode = (
         start[k] for k in ("global_step", "gradient_steps", "primed", "episode"))  # fmt: skip
-    injected, learning_from, walltime = start["injected"], start["learning_from"], start["walltime"]
+    evaluated, injected, learning_from, walltime = (
+        start[k] for k in ("evaluated", "injected", "learning_from", "walltime"))  # fmt: skip
     history, sums = ({k: v.to(device) for k, v in start[name].items()} for name in ("history", "sums"))
     count = start["count"]
     episode_actions, episode_return = start["episode_actions"], start["episode_return"]
@@ -1101,8 +1139,10 @@ def train(args: Args) -> Path:
 
     writer = start_logging(args, run_dir, first_step=global_step + 1 if args.resume else None)
     start_time, captured, stop = time.time(), None, []
-    timer_step, timer, paused = global_step, time.time(), 0.0  # for the speed since the last log
-    if args.compile:
+    first_step = timer_step = global_step
+    timer, paused = time.time(), 0.0  # for the speed since the last log
+    if args.compile:  # once per batch size and kind of gradient
+        torch._dynamo.config.recompile_limit = 64
         for module in (agent.encoder, agent.actor, agent.critic, agent.critic_target):
             module.compile(dynamic=False)
 
@@ -1113,8 +1153,7 @@ def train(args: Args) -> Path:
 
     def log(values):
         for tag, value in values.items():
-            if math.isfinite(value):  # the overlap with an empty set is no number
-                writer.add_scalar(tag, float(value), global_step)
+            writer.add_scalar(tag, float(value), global_step)
 
     def not_training(function):  # its time does not count for the speed
         def timed():
@@ -1135,7 +1174,8 @@ def train(args: Args) -> Path:
     @not_training
     def look():
         batch = [x.to(device) for x in replay.sample(args.plasticity_batch_size, rng["look"])]
-        log(look_at_plasticity(agent, optimizers, batch, history, args.dormant_tau))
+        looked = look_at_plasticity(agent, batch, history, args.dormant_tau)
+        log({tag: value for tag, value in looked.items() if math.isfinite(value)})  # no overlap with an empty set
 
     @not_training
     def save_checkpoint():
@@ -1148,6 +1188,7 @@ def train(args: Args) -> Path:
             replay=replay.state_dict() if args.checkpoint_replay else None, episode=episode,
             episode_actions=[action.tolist() for action in episode_actions], episode_return=episode_return,
             global_step=global_step, gradient_steps=gradient_steps, primed=primed, injected=injected,
+            evaluated=-1 if stop else evaluated,
             learning_from=learning_from, walltime=walltime + time.time() - start_time))  # fmt: skip
 
     def update(augmentation):
@@ -1157,11 +1198,13 @@ def train(args: Args) -> Path:
         if augmentation:
             obs, next_obs = random_shift(obs, args.shift_pad), random_shift(next_obs, args.shift_pad)
         batch = [obs, *others, next_obs, stddev]
+        agent.train()
         if args.cudagraphs:
             captured = captured or capture_update(drqv2_update, agent, optimizers, batch, args)
             metrics = captured(batch)
         else:
             metrics = drqv2_update(agent, optimizers, batch, args)
+        agent.eval()
         sums = {tag: value + sums.get(tag, 0) for tag, value in metrics.items()}
         gradient_steps, count = gradient_steps + 1, count + 1
 
@@ -1169,19 +1212,23 @@ def train(args: Args) -> Path:
     def prime():
         nonlocal primed
         while primed < args.priming_gradient_steps and not stop:
-            update(args.priming_augmentation)
+            update(args.priming_augmentation == "on" or args.priming_augmentation == "same" and args.augmentation)
             primed += 1
 
     handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, smoothing=0.05,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-    while global_step < args.total_timesteps and not stop:
-        if global_step % args.eval_every == 0:
-            run_evaluation()
+    while True:
+        if global_step == args.total_timesteps or (global_step % args.eval_every == 0 and global_step != evaluated):
+            result, evaluated = run_evaluation(), global_step
+        if global_step == args.total_timesteps:
+            break
+        if global_step >= learning_from and not len(replay):
+            refuse("n_step", args.n_step, f"no episode of the first {global_step} steps was that long")
         if global_step >= learning_from and primed < args.priming_gradient_steps:
             prime()
         if stop:
-            break  # resumed, the run goes on here
+            break  # resumed, the run goes on here, and evaluates again if the signal came then
 
         # Intervene
         events = {}
@@ -1190,7 +1237,7 @@ def train(args: Args) -> Path:
             events["plasticity/reset"] = 1
         if args.shrink_perturb_every and global_step and global_step % args.shrink_perturb_every == 0:
             shrink_and_perturb(agent.critic, args.shrink, args.perturb, rng["intervention"])
-            events["plasticity/shrink_perturb"] = 1
+            events["plasticity/perturb_factor"] = args.shrink
         if args.injection and global_step == args.injection_step:
             for name in args.injection:
                 inject_plasticity(agent, optimizers, name, initial, rng["intervention"])
@@ -1205,13 +1252,14 @@ def train(args: Args) -> Path:
         envs.step_async(action)
 
         # Learn: ... while the networks learn from the steps before it
-        learning = global_step >= learning_from and len(replay) > 0
+        learning = global_step >= learning_from
         if learning and global_step % max(1, round(1 / args.replay_ratio)) == 0:
             for _ in range(max(1, round(args.replay_ratio))):
                 update(augmentation)
                 if args.redo_period_gradient_steps and gradient_steps % args.redo_period_gradient_steps == 0:
                     batch = [x.to(device) for x in replay.sample(args.redo_batch_size, rng["intervention"])]
-                    events |= recycle_units(agent, optimizers, batch, args, rng["intervention"])
+                    for tag, recycled in recycle_units(agent, optimizers, batch, args, rng["intervention"]).items():
+                        events[tag] = events.get(tag, 0) + recycled
 
         # Observe
         frame, reward, terminated, truncated, _ = envs.step_wait()
@@ -1233,15 +1281,14 @@ def train(args: Args) -> Path:
                 "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": walltime + time.time() - start_time,
                 "charts/replay_ratio": args.replay_ratio if learning else 0,
                 "charts/augmentation": augmentation})  # fmt: skip
-            if timer_step > learning_from:  # the first steps of learning warm up and compile
+            if timer_step > max(learning_from, first_step):  # the first steps of learning warm up and compile
                 log({"charts/SPS": (global_step - timer_step) / (time.time() - timer - paused)})
             sums, count, timer_step, timer, paused = {}, 0, global_step, time.time(), 0.0
         if global_step % args.plasticity_every == 0 and learning:
             look()
-        if global_step % args.checkpoint_every == 0:
+        if global_step % args.checkpoint_every == 0 and global_step < args.total_timesteps:
             save_checkpoint()
 
-    result = None if stop else run_evaluation()
     save_checkpoint()
     writer.close()
     bar.close()

@@ -432,7 +432,7 @@ class DQNAgent(nn.Module):
 
 # === Dormant neurons (Section 3) ======================================================================================
 def dormant_score(activation: torch.Tensor) -> torch.Tensor:
-    """Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
+    """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
     all 0 when the whole layer is silent.
@@ -447,13 +447,14 @@ def dormant_mask(activation: torch.Tensor, tau: float) -> torch.Tensor:
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The overlap coefficient of two masks (neurons,): |A and B| / min(|A|, |B|) (Fig. 5); NaN when one is empty."""
+    """The overlap coefficient of two masks (neurons,): |A and B| / min(|A|, |B|); NaN when one is empty (Sokar et al.
+    2023, Fig. 5)."""
     return (a & b).sum() / torch.minimum(a.sum(), b.sum())
 
 
 def feature_rank(features: torch.Tensor, delta: float = 0.01) -> torch.Tensor:
-    """How many singular values of (batch, neurons) hold a share 1 - delta of their sum (Kumar et al. 2021; Table 7);
-    NaN where a feature is not finite."""
+    """How many singular values of (batch, neurons) hold a share 1 - delta of their sum (Kumar et al. 2021;
+    Sokar et al. 2023, Table 7); NaN where a feature is not finite."""
     if not features.isfinite().all():
         return torch.tensor(math.nan)
     share = torch.linalg.svdvals(features.float()).cumsum(0)
@@ -528,7 +529,7 @@ class PerElementAdam(torch.optim.Optimizer):
 
 def forget(optimizer, parameter, mask) -> None:
     """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
-    for value in optimizer.state[parameter].values():
+    for value in optimizer.state.get(parameter, {}).values():
         if value.shape == parameter.shape:
             value.masked_fill_(mask, 0)
 

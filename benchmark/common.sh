@@ -51,7 +51,7 @@ atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets 
 # drqv2_plasticity.py: all figures share their runs, drqv2-<scale>-<arm>, where the arms' flags are the same
 PIXEL_SMOKE="--total-timesteps 300 --learning-starts 100 --exploration-steps 100 --image-size 36 --hidden-dim 64
   --batch-size 16 --n-step 3 --stddev-steps 200 --eval-every 300 --eval-episodes 1 --plasticity-every 50
-  --plasticity-batch-size 64 --log-every 50 --redo-batch-size 16 --buffer-size 1000"
+  --plasticity-batch-size 64 --log-every 50 --buffer-size 1000"
 
 pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags and a third of the training for this SCALE
   local tasks=$1

@@ -9,7 +9,7 @@ sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "augmentation"
   echo "plain --no-augmentation"
   echo "primed-augmentation --priming-gradient-steps $priming"
-  echo "primed-plain --no-augmentation --priming-gradient-steps $priming --no-priming-augmentation"
+  echo "primed-plain --no-augmentation --priming-gradient-steps $priming"
 )
 draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain primed-augmentation primed-plain \
   --tags return fau/critic

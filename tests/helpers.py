@@ -23,7 +23,7 @@ ATARI = (
 PIXELS = (
     "--env-id pixel_env:Dot-v0 --image-size 24 --hidden-dim 16 --feature-dim 8 --batch-size 8 --learning-starts 30 "
     "--exploration-steps 30 --total-timesteps 120 --stddev-steps 100 --eval-every 60 --eval-episodes 2 "
-    "--plasticity-every 40 --plasticity-batch-size 8 --log-every 20 --redo-batch-size 8"
+    "--plasticity-every 40 --plasticity-batch-size 8 --log-every 20"
 ).split()
 TINY = {crl_deep: POINT, redo_dqn_atari: ATARI, drqv2_plasticity: PIXELS}  # script -> flags
 
