@@ -5,6 +5,7 @@ import time
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import adaptive_rr
 import crl_deep
 import drqv2_plasticity
 import redo_dqn_atari
@@ -20,12 +21,14 @@ ATARI = (
     "--eval-steps 10 --eval-envs 1 --dormant-every 60 --dormant-batch-size 8 --rank-batch-size 16 --log-every 20 "
     "--redo-period-gradient-steps 30 --redo-batch-size 8 --reset-period-gradient-steps 50"
 ).split()
-PIXELS = (
+ADAPTIVE = (
     "--env-id pixel_env:Dot-v0 --image-size 24 --hidden-dim 16 --feature-dim 8 --batch-size 8 --learning-starts 30 "
-    "--exploration-steps 30 --total-timesteps 120 --stddev-steps 100 --eval-every 60 --eval-episodes 2 "
-    "--plasticity-every 40 --plasticity-batch-size 8 --log-every 20"
+    "--exploration-steps 30 --total-timesteps 120 --stddev-steps 100 --eval-every 60 --eval-episodes 2 --log-every 20"
 ).split()
-TINY = {crl_deep: POINT, redo_dqn_atari: ATARI, drqv2_plasticity: PIXELS}  # script -> flags
+PIXELS = [*ADAPTIVE, "--plasticity-every", "40", "--plasticity-batch-size", "8"]
+TINY = {  # script -> flags
+    crl_deep: POINT, redo_dqn_atari: ATARI, drqv2_plasticity: PIXELS, adaptive_rr: ADAPTIVE,
+}  # fmt: skip
 
 
 def run(script, *flags):

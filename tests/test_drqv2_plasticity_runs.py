@@ -281,9 +281,9 @@ def test_resume_is_bit_identical(flags, stop, serial, monkeypatch):
     assert scalars(whole) == scalars(part)
 
 
-def stopped_run(step, monkeypatch, *flags):
+def stopped_run(step, monkeypatch, *flags, script=drq):
     """The folder of a run that gets a SIGTERM while it takes a step."""
-    act, count = drq.act, []
+    act, count = script.act, []
 
     def stopping(*arguments):
         count.append(0)
@@ -292,10 +292,10 @@ def stopped_run(step, monkeypatch, *flags):
         return act(*arguments)
 
     before = set(Path("runs").iterdir()) if Path("runs").exists() else set()
-    monkeypatch.setattr(drq, "act", stopping)
+    monkeypatch.setattr(script, "act", stopping)
     with pytest.raises(SystemExit) as stopped:
-        run(*flags)
-    monkeypatch.setattr(drq, "act", act)
+        helpers.run(script, *flags)
+    monkeypatch.setattr(script, "act", act)
     (part,) = set(Path("runs").iterdir()) - before
     assert stopped.value.code == 143 and checkpoint(part)["global_step"] == step
     return part

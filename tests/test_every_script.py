@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import TINY, assert_same, checkpoint, run, scalars, wait_for
 
+import adaptive_rr as rr
 import crl_deep as crl
 import drqv2_plasticity as drq
 import redo_dqn_atari as redo
@@ -23,6 +24,7 @@ every_script = pytest.mark.parametrize("script, flags", TINY.items(), ids=lambda
 ENDLESS = {
     crl: ["--total-timesteps", "10000000", "--buffer-size", "4000"], redo: ["--total-timesteps", "10000000"],
     drq: ["--total-timesteps", "10000000", "--buffer-size", "4000"],
+    rr: ["--total-timesteps", "10000000", "--buffer-size", "4000"],
 }  # fmt: skip
 RESUMED_STEPS = 80  # a whole number of training steps of every script
 

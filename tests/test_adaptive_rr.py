@@ -1,0 +1,262 @@
+"""adaptive_rr.py: the detector against an independent state machine, counts around the switch, resume, bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import ADAPTIVE, assert_same, checkpoint, scalars
+from test_drqv2_plasticity_runs import make_serial_envs, stopped_run
+
+import adaptive_rr as rr
+
+EAGER = ["--rr-check-episodes", 2, "--rr-threshold", 1]  # fires at the first check: after episode 2, at step 40
+
+
+def run(*flags):
+    return helpers.run(rr, *flags)
+
+
+@pytest.fixture
+def serial(monkeypatch):
+    monkeypatch.setattr(rr, "make_envs", make_serial_envs)
+
+
+# --- the detector -----------------------------------------------------------------------------------------------------
+class OfficialStateMachine:
+    """The official code's counters, per update and per episode, written down from their description: window of 1."""
+
+    def __init__(self, interval, threshold):
+        self.interval, self.threshold = interval, threshold
+        self.sum = self.count = self.episode = 0
+        self.last_average, self.high = None, False
+
+    def update(self, fau):
+        if self.last_average is None:
+            self.last_average = fau
+        self.sum, self.count = self.sum + fau, self.count + 1
+
+    def episode_ends(self):
+        """Whether it switches now."""
+        self.episode += 1
+        if self.episode % self.interval == self.interval - 1:
+            self.sum = self.count = 0
+        if self.episode % self.interval == 0 and self.last_average is not None:
+            average, switch = self.sum / self.count, False
+            if abs(average - self.last_average) <= self.threshold and not self.high:
+                self.high = switch = True
+            self.last_average, self.sum, self.count = average, 0, 0
+            return switch
+        return False
+
+
+@pytest.mark.parametrize("interval", [2, 3, 7])
+@pytest.mark.parametrize("seed", range(10))
+def test_detector_switches_when_the_official_state_machine_does(interval, seed):
+    rng = np.random.default_rng(seed)
+    official, detector, switched = OfficialStateMachine(interval, 0.004), rr.PlateauDetector(interval, 1, 0.004), False
+    level, switches = 0.5, []
+    for episode in range(1, 120):
+        level += rng.normal(0, 0.004)
+        faus = level + rng.normal(0, 0.002, 8) if episode > 1 else []  # the first episode only collects
+        for fau in faus:
+            official.update(fau)
+            if detector.reference is None:
+                detector.reference = fau
+        expected, settled = official.episode_ends(), False
+        if len(faus):
+            check = detector.end_episode(episode, float(np.mean(faus)))
+            assert (check is not None) == (episode % interval == 0)
+            if check:
+                assert check[0] == pytest.approx(official.last_average)
+                settled = check[2]
+        assert expected == (settled and not switched)
+        switched |= settled
+        switches += [episode] * expected
+    assert len(switches) <= 1
+
+
+def settled_at(series, **options):
+    """Episodes at whose end the detector says settled; series[0] is also the first batch's FAU."""
+    detector = rr.PlateauDetector(**options)
+    detector.reference = series[0]
+    checks = [(episode, detector.end_episode(episode, fau)) for episode, fau in enumerate(series, start=1)]
+    return [episode for episode, check in checks if check and check[2]]
+
+
+def test_detector_by_hand():
+    assert settled_at([0.4] * 200) == [50, 100, 150, 200]  # a constant FAU fires at the first check
+    steps = [0.4 + 0.002 * (episode // 50) for episode in range(1, 201)]
+    assert settled_at([0.0, *steps[1:]]) == []  # 0.002 per check never does
+    assert settled_at([0.5, 0.25, 0.5, 0.5], check_episodes=2, threshold=0.25) == [2, 4]  # equality counts
+    assert settled_at([0.4, 0.9] * 10, check_episodes=2, threshold=0.5) == [2, *range(4, 21, 2)]
+    only_last = [0.1, 0.4, 0.9, 0.4, 0.1, 0.4]  # the episodes between do not count
+    assert settled_at(only_last, check_episodes=2, threshold=0.01) == [4, 6]
+    assert settled_at(only_last, check_episodes=3, window_episodes=2, threshold=0.31) == []
+    assert settled_at([0.1, 0.3, 0.5], check_episodes=3, window_episodes=2, threshold=0.3001) == [3]  # 0.4 - 0.1
+
+
+def test_detector_knows_a_plateau_and_not_a_recovery():
+    collapse = [0.5] * 2 + [0.2 - 0.0004 * i for i in range(10)]
+    assert settled_at(collapse, check_episodes=2)  # fires in the middle of a slow decline
+    assert not settled_at(collapse, check_episodes=2, required_rise=0.01)[1:]
+    valley = [0.5, 0.5, 0.3, 0.3, 0.3, 0.3, 0.4, 0.4, 0.4, 0.4]
+    assert settled_at(valley, check_episodes=2, required_rise=0.05) == [10]
+    assert settled_at(valley, check_episodes=2) == [2, 6, 10]
+
+
+def test_detector_state():
+    rng = np.random.default_rng(0)
+    detector, other = rr.PlateauDetector(5, 3), rr.PlateauDetector(5, 3)
+    detector.reference = 0.5
+    for episode in range(1, 30):
+        fau = float(rng.uniform())
+        if episode == 13:
+            other.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+        check = detector.end_episode(episode, fau)
+        if episode >= 13:
+            assert check == other.end_episode(episode, fau)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+def test_a_run_through_the_command_line(tmp_path):
+    """As a user: the script alone, copied into an empty folder."""
+    shutil.copy(rr.__file__, tmp_path / "copied.py")
+    command = [sys.executable, "copied.py", *ADAPTIVE, *EAGER, "--save-model"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "step 40, episode 2: FAU has settled at" in done.stdout and "replay ratio 0.5 -> 2" in done.stdout
+    (run_dir,) = Path("runs").iterdir()
+    logged = scalars(run_dir)
+    assert set(logged["adaptive_rr/fau_episode"]) == set(range(40, 121, 20))
+    assert set(logged["adaptive_rr/fau_checkpoint"]) == set(logged["adaptive_rr/fau_delta"]) == {40, 80, 120}
+    assert logged["adaptive_rr/switched"] == {20: 0, 40: 1, 60: 1, 80: 1, 100: 1, 120: 1}
+    assert logged["charts/replay_ratio"] == {20: 0, 40: 0.5, 60: 2, 80: 2, 100: 2, 120: 2}
+    (first,) = logged["adaptive_rr/fau_first"].values()
+    assert abs(logged["adaptive_rr/fau_checkpoint"][40] - first) == pytest.approx(logged["adaptive_rr/fau_delta"][40])
+    assert (run_dir / "model.pt").exists()
+
+
+def counted(monkeypatch):
+    """[FAU of each update's batch], and the update counts at every acting."""
+    faus, updates, act, update = [], [], rr.act, rr.drqv2_update
+
+    def counting_act(*arguments):
+        updates.append(len(faus))
+        return act(*arguments)
+
+    def counting_update(*arguments):
+        metrics = update(*arguments)
+        faus.append(float(metrics["plasticity/fau/critic"]))
+        return metrics
+
+    monkeypatch.setattr(rr, "act", counting_act)
+    monkeypatch.setattr(rr, "drqv2_update", counting_update)
+    return faus, updates
+
+
+@pytest.mark.parametrize("flags, switch", [
+    (EAGER, 40), (["--rr-mode", "fixed-switch", "--rr-switch-step", 70], 70), (["--rr-mode", "static", *EAGER], None),
+    ([*EAGER, "--rr-min-step", 41], 80), ([*EAGER, "--rr-required-rise", 1], None),
+    (["--rr-check-episodes", 2, "--rr-threshold", 0], None),
+], ids=str)  # fmt: skip
+def test_updates_before_and_after_the_switch(flags, switch, serial, monkeypatch):
+    faus, updates = counted(monkeypatch)
+    run_dir = run(*ADAPTIVE, *flags)
+    per_step = np.diff([*updates, len(faus)])
+    for step in range(120):
+        low = int(step >= 30 and step % 2 == 0)
+        assert per_step[step] == (low if switch is None or step < switch else 2), step
+    logged = scalars(run_dir)
+    assert checkpoint(run_dir)["switched"] == (switch is not None)
+    end = updates[40]  # the check after episode 2 sees the updates of that episode
+    if "--rr-check-episodes" in flags:
+        assert logged["adaptive_rr/fau_episode"][40] == pytest.approx(np.mean(faus[:end]), rel=1e-5)
+        assert logged["adaptive_rr/fau_delta"][40] == pytest.approx(abs(np.mean(faus[:end]) - faus[0]), abs=1e-6)
+
+
+def test_ratios_by_flag(serial, monkeypatch):
+    faus, _ = counted(monkeypatch)
+    run(*ADAPTIVE, "--rr-mode", "static", "--rr-low", 3)
+    assert len(faus) == 3 * 90
+    faus.clear()
+    run(*ADAPTIVE, "--rr-mode", "fixed-switch", "--rr-switch-step", 100, "--rr-low", 1, "--rr-high", 4)
+    assert len(faus) == 70 + 4 * 20
+
+
+@pytest.mark.parametrize("flags", [
+    [*EAGER, "--rr-min-step", 75], ["--rr-mode", "fixed-switch", "--rr-switch-step", 70], ["--rr-mode", "static"],
+    [*EAGER, "--reset-every", 45, "--redo-period-gradient-steps", 20, "--redo-batch-size", 8, "--redo-tau", 0.5],
+    ["--rr-check-episodes", 4, "--rr-window-episodes", 3, "--rr-threshold", 1],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("stop", [60, 73, 85])
+def test_resume_across_the_switch_is_bit_identical(flags, stop, serial, monkeypatch):
+    whole = run(*ADAPTIVE, *flags)
+    part = stopped_run(stop, monkeypatch, *ADAPTIVE, *flags, script=rr)
+    run("--resume", part)
+    assert_same(checkpoint(whole), checkpoint(part))
+    assert scalars(whole) == scalars(part)
+
+
+def test_static_is_drqv2_of_the_study(serial, monkeypatch):
+    """The same numbers as drqv2_plasticity.py, bit for bit."""
+    import drqv2_plasticity as drq
+
+    monkeypatch.setattr(drq, "make_envs", make_serial_envs)
+    ours = checkpoint(run(*ADAPTIVE, "--rr-mode", "static"))
+    theirs = checkpoint(helpers.run(drq, *helpers.PIXELS))
+    assert_same(ours["agent"], theirs["agent"])
+    assert_same(ours["optimizers"], theirs["optimizers"])
+
+
+@pytest.mark.parametrize("flags", [
+    ["--reset-every", 50], ["--reset-every", 50, "--reset-scope", "all"],
+    ["--reset-every", 50, "--reset-modules", "actor"],
+    ["--reset-every", 50, "--no-reset-optimizer"],
+    ["--redo-period-gradient-steps", 10, "--redo-batch-size", 8, "--redo-tau", 0.8],
+    ["--redo-period-gradient-steps", 10, "--redo-batch-size", 4, "--redo-tau", 0.8],
+    ["--redo-period-gradient-steps", 10, "--redo-batch-size", 8, "--redo-tau", 0.8, "--redo-modules", "actor"],
+    ["--preset", "paper-table", "--batch-size", 9], ["--tau", 0.5], ["--stddev-clip", 0.01],
+], ids=str)  # fmt: skip
+def test_every_switch_changes_the_run(flags, serial):
+    seen = test_every_switch_changes_the_run.__dict__.setdefault("seen", {})
+    learned = checkpoint(run(*ADAPTIVE, *flags))["agent"]
+    fingerprint = sum(float(v.double().sum()) for v in learned.values())
+    assert fingerprint not in seen.values()
+    seen[str(flags)] = fingerprint
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rr-check-episodes", 1], "--rr-window-episodes 1: must be less than --rr-check-episodes 1"),
+    (["--rr-window-episodes", 50], "--rr-window-episodes 50: must be less than --rr-check-episodes 50"),
+    (["--rr-low", 2], "--rr-low 2.0: must be less than --rr-high 2.0"),
+    (["--rr-high", 0.4], "--rr-high 0.4: must be k or 1/k"),
+    (["--rr-switch-step", 60], "--rr-switch-step 60: must be given with --rr-mode fixed-switch, and only then"),
+    (["--rr-mode", "fixed-switch"], "--rr-switch-step None: must be given with --rr-mode fixed-switch, and only then"),
+    (["--rr-mode", "fixed-switch", "--rr-switch-step", 120], "--rr-switch-step 120: must lie between 1 and"),
+    (["--rr-threshold", -1], "--rr-threshold -1.0: must not be negative"),
+    (["--rr-threshold", "nan"], "--rr-threshold nan: must be a finite number"),
+    (["--redo-tau", 0.5], "--redo-tau 0.5: does nothing without --redo-period-gradient-steps"),
+    (["--batch-size", 31], "--batch-size 31: must be at most --learning-starts 30"),
+    (["--env-id", "dm_control/walker-rum-v0"], "did you mean dm_control/walker-run-v0?"),
+], ids=lambda value: " ".join(str(v) for v in value) if isinstance(value, list) else "")  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*ADAPTIVE, *flags)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_the_update_is_captured_once(monkeypatch):
+    captures, capture = [], rr.capture_update
+    monkeypatch.setattr(rr, "capture_update", lambda *a: captures.append(0) or capture(*a))
+    run(*ADAPTIVE, *EAGER, "--cudagraphs", "--device", "cuda")
+    assert len(captures) == 1
