@@ -49,18 +49,29 @@ atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets 
 }
 
 # drqv2_plasticity.py: all figures share their runs, drqv2-<scale>-<arm>, where the arms' flags are the same
-PIXEL_SMOKE="--total-timesteps 300 --learning-starts 100 --exploration-steps 100 --image-size 36 --hidden-dim 64
-  --batch-size 16 --n-step 3 --stddev-steps 200 --eval-every 300 --eval-episodes 1 --plasticity-every 50
-  --plasticity-batch-size 64 --log-every 50 --buffer-size 1000"
+DRQ_SMOKE="--learning-starts 100 --exploration-steps 100 --image-size 36 --hidden-dim 64 --batch-size 16 --n-step 3
+  --stddev-steps 200 --eval-episodes 1 --log-every 50 --buffer-size 1000"
+DRQ_SMALL="--total-timesteps 150000 --eval-every 15000 --eval-episodes 5"
 
 pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags and a third of the training for this SCALE
   local tasks=$1
   case $SCALE in
-    smoke) seeds=1 tasks=cartpole-balance flags=$PIXEL_SMOKE third=150 ;;
-    small) seeds=1 tasks=${1%% *} flags="--total-timesteps 150000 --eval-every 15000 --eval-episodes 5" third=50000 ;;
+    smoke)
+      seeds=1 tasks=cartpole-balance third=150
+      flags="$DRQ_SMOKE --total-timesteps 300 --eval-every 300 --plasticity-every 50 --plasticity-batch-size 64"
+      ;;
+    small) seeds=1 tasks=${1%% *} flags=$DRQ_SMALL third=50000 ;;
     paper) seeds="1 2 3 4 5" flags="" third=500000 ;;
   esac
   envs=$(printf "dm_control/%s-v0 " $tasks)
+}
+
+ratio_tiers() { # the same for adaptive_rr.py, which must see some episodes of 500 steps
+  pixel_tiers "$1"
+  case $SCALE in
+    smoke) flags="$DRQ_SMOKE --total-timesteps 2000 --eval-every 2000 --rr-check-episodes 2 --rr-threshold 0.05" ;;
+    small) flags="$DRQ_SMALL --rr-check-episodes 10" ;;
+  esac
 }
 
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]

@@ -4,9 +4,10 @@
         --arms augmentation plain --tags return fau/critic --out runs/figures/fig3
 
 KIND is curves (a row of panels per task, a column per tag, a line per arm), bars (the last returns, and the curves of
-the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations) or what follows
-"plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95% bootstrap intervals over seeds; stars are
-values read from the paper's figures. Each figure is written as PNG with the CSV behind it.
+the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations), a whole tag of
+"charts/", or what follows "plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95% bootstrap
+intervals over seeds; stars are values read from the paper's figures. Each figure is written as PNG with the CSV behind
+it.
 """
 
 import argparse
@@ -59,7 +60,17 @@ def arm(run) -> str:
     return run.args["exp_name"].split("-", 2)[2]
 
 
+def select(runs, envs, arms) -> list:
+    """The runs of these tasks and arms. SystemExit where there is none."""
+    chosen = [run for run in runs if run.args["env_id"] in envs and arm(run) in arms]
+    if not chosen:
+        raise SystemExit(f"error: no run of {' '.join(envs)} has one of the arms {' '.join(arms)}")
+    return chosen
+
+
 def full_tag(tag: str) -> str:
+    if tag.startswith("charts/"):
+        return tag
     return "eval/episodic_return" if tag == "return" else f"plasticity/{tag}"
 
 
@@ -141,9 +152,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
-    runs = [run for run in load_runs(a.runs, a.folder) if run.args["env_id"] in a.envs and arm(run) in a.arms]
-    if not runs:
-        raise SystemExit(f"error: no run of {' '.join(a.envs)} has one of the arms {' '.join(a.arms)}")
+    runs = select(load_runs(a.runs, a.folder), a.envs, a.arms)
     if a.kind == "bars":
         bars(runs, a.arms, a.tags, a.out)
     else:

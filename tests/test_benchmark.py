@@ -17,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
+import adaptive_rr_detector  # noqa: E402
+import plot_adaptive_rr as plot_rr  # noqa: E402
 import plot_crl_deep  # noqa: E402
 import plot_drqv2_plasticity as plot_drq  # noqa: E402
 import plot_redo_dqn_atari as plot_redo  # noqa: E402
@@ -157,6 +159,47 @@ def test_bars_are_the_last_returns():
     first = read_csv("out.csv")[0]
     assert (first["arm"], first["tag"], float(first["mean"])) == ("layer-norm", "last return", 200)
     assert Path("out.png").stat().st_size > 10_000
+
+
+def write_scalars(folder, **series):
+    """Further tags of a fake run: tag (with _ for its first /) -> {step: value}."""
+    writer = SummaryWriter(str(folder))
+    for tag, values in series.items():
+        for step, value in values.items():
+            writer.add_scalar(tag.replace("__", "/"), value, step)
+    writer.close()
+
+
+def test_detectors_replayed_on_logged_runs():
+    """13 episodes, the first of 1 step and the others of 10; learning begins in the fourth, the FAU rests from the sixth."""
+    options = dict(tag="charts/episodic_return", folder="quadruped-run", action_repeat=2)
+    write_run("rr-small-static2", 1, [0.0] * 13, env_id="dm_control/quadruped-run-v0", **options)
+    fau = {30: 0.3, 40: 0.2, **{10 * episode: 0.25 for episode in range(5, 13)}}
+    write_scalars(
+        "runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__fau_first={21: 0.5}, adaptive_rr__fau_episode=fau
+    )
+    adaptive_rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [1, 3], [0.001, 0.2], "out")
+    frames = {(row["check_episodes"], row["window_episodes"], row["threshold"]): row["switch_frame"]
+              for row in read_csv("out.csv")}  # fmt: skip
+    # The checks after episodes 4 and 8 (steps 30 and 70) see 0.3 and 0.25, the one after episode 6 (step 50) too
+    assert frames == {
+        ("2", "1", "0.001"): "140", ("4", "1", "0.001"): "220", ("4", "3", "0.001"): "220",
+        ("2", "1", "0.2"): "60", ("4", "1", "0.2"): "60", ("4", "3", "0.2"): "60"}  # fmt: skip
+    write_run("rr-empty-static2", 1, [0.0])
+    with pytest.raises(SystemExit, match="no run is long enough"):
+        adaptive_rr_detector.draw(plotting.load_runs("rr-empty-*"), [2], [1], [0.1], "out")
+
+
+def test_table_1_has_the_papers_numbers_beside_ours():
+    options = dict(tag="eval/episodic_return", every=500_000, folder="cheetah-run", action_repeat=2)
+    for seed, value in ((1, 700.0), (2, 800.0)):
+        write_run(
+            "rr_table1-paper-static2-reset", seed, [0, 300.0, value], env_id="dm_control/cheetah-run-v0", **options
+        )
+    plot_rr.table(plotting.load_runs("rr_table1-paper-*"), list(plot_rr.ARMS), "out")
+    (row,) = read_csv("out.csv")
+    assert (row["arm"], float(row["mean"]), int(row["frames"])) == ("static2-reset", 750, 2_000_000)
+    assert (row["paper_mean"], row["paper_std"], row["seeds"]) == ("885", "20", "2")
 
 
 def test_final_scores_by_depth_and_variant():

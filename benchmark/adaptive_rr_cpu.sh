@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Ours: a switch in small, on a CPU: Cartpole Balance, pictures of 48 x 48, small heads, a check every 4 episodes and a
+# threshold of 0.01 instead of 50 and 0.001, 8000 steps. SCALE=small: with JOBS=2 OMP_NUM_THREADS=1 on two cores about
+# half an hour. paper: 3 seeds.
+source "$(dirname "$0")/common.sh"
+
+envs=dm_control/cartpole-balance-v0 seeds=1
+flags="--total-timesteps 8000 --image-size 48 --hidden-dim 256 --batch-size 64 --amp --eval-every 1000 --eval-episodes 4
+  --log-every 250 --rr-check-episodes 4 --rr-threshold 0.01"
+[ "$SCALE" != smoke ] || ratio_tiers cartpole-balance
+[ "$SCALE" != paper ] || seeds="1 2 3"
+sweep adaptive_rr.py rr_cpu "$envs" "$seeds" $flags < <(
+  echo "static0.5 --rr-mode static"
+  echo "static2 --rr-mode static --rr-low 2"
+  echo "adaptive"
+)
+draw benchmark/plot_adaptive_rr.py curves --runs "rr_cpu-$SCALE-*" --envs $envs --arms static0.5 static2 adaptive \
+  --tags fau/critic charts/replay_ratio charts/gradient_steps return
