@@ -171,7 +171,7 @@ def write_scalars(folder, **series):
 
 
 def test_detectors_replayed_on_logged_runs():
-    """13 episodes, the first of 1 step and the others of 10; learning begins in the fourth, the FAU rests from the sixth."""
+    """13 episodes, the first of 1 step, the others of 10; learning begins in the fourth, the FAU rests from then on."""
     options = dict(tag="charts/episodic_return", folder="quadruped-run", action_repeat=2)
     write_run("rr-small-static2", 1, [0.0] * 13, env_id="dm_control/quadruped-run-v0", **options)
     fau = {30: 0.3, 40: 0.2, **{10 * episode: 0.25 for episode in range(5, 13)}}
