@@ -16,9 +16,12 @@ The agent is DrQ-v2 (Yarats et al. 2022); f is its encoder, and o and o' are ran
     python adaptive_rr.py --env-id dm_control/quadruped-run-v0    the paper's setting, 3M frames: for a GPU, not run yet
     SCALE=paper bash benchmark/adaptive_rr_fig9_returns.sh          Fig. 9; others: see README.md
 
-What the detector does not know: it finds a plateau, not a recovery. Nothing checks that the fraction rose before, so it
-can fire at the early minimum, on a slow decline, or after a collapse (--rr-min-step and --rr-required-rise are guards
-that the published method does not have). The paper's "recovered" is this plateau.
+What is new here stands in `PlateauDetector`, and in `train` under "The replay ratio of this step" and "Observe".
+The detector finds a plateau, not a recovery: nothing checks that the fraction rose before. So it can fire at the early
+minimum, on a slow rise or decline, after a collapse, and when two checks lie equally high on both sides of a valley;
+its first check compares with one noisy batch. (--rr-min-step and --rr-required-rise are guards that the published
+method does not have.) The paper's "recovered" is this plateau; it writes < and the value at the check, its code, and
+this file, <= and the average over the last episode.
 Where this differs from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and why:
  1. Frames are stored once, in one ring on the GPU: 21 GB for 1M steps instead of 63.5 GB; a batch is drawn from all of
     it, also from the current episode, where officially 4 loaders each have a part and see new episodes late.
@@ -28,8 +31,8 @@ Where this differs from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), a
  5. The actor's loss builds no gradient of the critic; officially it is computed and thrown away.
  6. The fraction is summed on the device and read once per episode; officially each update waits for the GPU.
  7. Resets and ReDo (Table 1) are not in the official code; their settings are ours.
-Kept: the threshold is met by equality, the first check compares with the first batch of all, nothing switches back. The
-paper says "environment step" for agent steps (replay ratio) and for frames (figures) alike.
+Kept: the first check compares with the first batch of all, nothing switches back. The paper says "environment step" for
+agent steps (replay ratio) and for frames (figures) alike.
 A checkpoint may come at any step: on resume the interrupted episode is played again from its seed and actions.
 Not in this file: the study of why (drqv2_plasticity.py), Atari-100k.
 """
@@ -114,7 +117,7 @@ class Args:
     rr_required_rise: float = 0.0  # nor before the fraction rose so far above its lowest check (another one; 0: none)
 
     # resets and ReDo, the baselines of Table 1
-    reset_every: int = 0  # steps between resets; 0: none (100000: the usual 10 in 2M frames)
+    reset_every: int = 0  # steps between resets; 0: none (100000: one after each tenth of 2M frames)
     reset_scope: Literal["mlp", "fc", "all"] = "fc"  # what is drawn anew: the heads; and the trunks; and the encoder
     reset_modules: tuple[Literal["actor", "critic"], ...] = ("actor", "critic")  # whose heads and trunks
     reset_optimizer: bool = True  # also make Adam forget them
@@ -450,18 +453,23 @@ class PlateauDetector:
     settled when they differ by at most the threshold. It detects a plateau, not a recovery: it also fires at the early
     minimum, on a decline slower than the threshold per interval, and after a collapse. required_rise > 0 asks in
     addition that the FAU lies so far above the lowest one that a check has seen (not in the published method).
+    An episode without a gradient step is not told, and no check follows it. `switched` is set once and for all.
     """
 
     def __init__(self, check_episodes=50, window_episodes=1, threshold=0.001, required_rise=0.0):
         self.check_episodes, self.window_episodes = check_episodes, window_episodes
         self.threshold, self.required_rise = threshold, required_rise
         self.reference = None  # what the next check compares with; at first the FAU of the first batch
-        self.lowest, self.window = math.inf, []
+        self.lowest, self.window, self.switched = math.inf, [], False
 
-    def end_episode(self, episode: int, average: float) -> tuple | None:
+    def first_batch(self, fau: float) -> None:
+        """Must come before the first episode's end."""
+        self.reference = fau
+
+    def end_episode(self, episode: int, average: float, may_switch: bool = True) -> tuple | None:
         """The `episode`-th episode of the run (counted from 1) has ended; average: the FAU over its gradient steps.
 
-        At a check -> the window's FAU, its distance from the reference, and whether it has settled; else None.
+        At a check -> the window's FAU and its distance from the reference; else None.
         """
         self.window = [*self.window, average][-self.window_episodes :]
         if episode % self.check_episodes:
@@ -470,14 +478,16 @@ class PlateauDetector:
         difference = abs(now - self.reference)
         self.lowest = min(self.lowest, self.reference, now)
         settled = difference <= self.threshold and now - self.lowest >= self.required_rise
+        self.switched |= settled and may_switch
         self.reference = now
-        return now, difference, settled
+        return now, difference
 
     def state_dict(self) -> dict:
-        return dict(reference=self.reference, lowest=self.lowest, window=self.window)
+        return {name: getattr(self, name) for name in ("reference", "lowest", "window", "switched")}
 
     def load_state_dict(self, state: dict) -> None:
-        self.reference, self.lowest, self.window = state["reference"], state["lowest"], state["window"]
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 # === Resets and ReDo ==================================================================================================
@@ -761,8 +771,13 @@ def resolve_args(args: Args) -> Args:
         f"must be less than --image-size {args.image_size}": ["shift_pad"] * (args.shift_pad >= args.image_size),
         "must be k or 1/k with a whole k": [n for n in ("rr_low", "rr_high") if not whole(value[n])],
         f"must be less than --rr-high {args.rr_high}": ["rr_low"] * (switching and args.rr_low >= args.rr_high),
-        f"must be less than --rr-check-episodes {args.rr_check_episodes}":
-            ["rr_window_episodes"] * (args.rr_window_episodes >= args.rr_check_episodes),
+        "must be at least 2": ["rr_check_episodes"] * (args.rr_check_episodes < 2),
+        f"must be at most --rr-check-episodes {args.rr_check_episodes}":
+            ["rr_window_episodes"] * (args.rr_window_episodes > args.rr_check_episodes),
+        "is for --rr-mode adaptive only": [n for n in ("rr_min_step", "rr_required_rise") if value[n] != default[n]
+                                           and args.rr_mode != "adaptive"],
+        "is for runs that switch; --rr-mode static has --rr-low alone":
+            ["rr_high"] * (not switching and args.rr_high != default["rr_high"]),
         "must be given with --rr-mode fixed-switch, and only then":
             ["rr_switch_step"] * ((args.rr_switch_step is None) == (args.rr_mode == "fixed-switch")),
         f"must be at most --learning-starts {args.learning_starts}": [n for n in (
@@ -939,7 +954,7 @@ def train(args: Args) -> Path:
         generator.manual_seed(args.seed + i * 2**32)
 
     start = dict(global_step=0, gradient_steps=0, episode=0, episode_actions=[], episode_return=0.0, evaluated=-1)
-    start |= dict(switched=False, learning_from=args.learning_starts, replay=None, sums={}, count=0, walltime=0.0)
+    start |= dict(switch_step=None, learning_from=args.learning_starts, replay=None, sums={}, count=0, walltime=0.0)
     start |= dict(episode_fau=None, episode_updates=0)
     if args.resume:
         run_dir = Path(args.resume)
@@ -958,8 +973,8 @@ def train(args: Args) -> Path:
     else:
         name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
         run_dir = Path("runs") / name
-    global_step, gradient_steps, episode, evaluated, switched, learning_from, count, walltime = (start[k] for k in (
-        "global_step", "gradient_steps", "episode", "evaluated", "switched", "learning_from", "count",
+    global_step, gradient_steps, episode, evaluated, switch_step, learning_from, count, walltime = (start[k] for k in (
+        "global_step", "gradient_steps", "episode", "evaluated", "switch_step", "learning_from", "count",
         "walltime"))  # fmt: skip
     sums, episode_updates = {tag: total.to(device) for tag, total in start["sums"].items()}, start["episode_updates"]
     episode_fau = start["episode_fau"].to(device) if episode_updates else 0
@@ -967,8 +982,8 @@ def train(args: Args) -> Path:
 
     if args.resume and start["replay"] is None:
         print(f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on")
-        learning_from, episode = global_step + args.learning_starts, episode + 1
-        episode_actions, episode_return = [], 0.0
+        learning_from, episode_actions, episode_return = global_step + args.learning_starts, [], 0.0
+        episode_fau, episode_updates = 0, 0  # the interrupted episode begins again
     # The simulator's state is not in the checkpoint: the same seed and the same actions lead to it again
     options = {"actions": np.array(episode_actions, np.float32)}
     frame = envs.reset(seed=[episode_seed(args.seed, 0, episode)], options=options)[0][0]
@@ -1020,7 +1035,7 @@ def train(args: Args) -> Path:
         writer.flush()
         save_file(run_dir / "checkpoint.pt", dict(
             args=fixed_args(args), agent=agent.state_dict(), optimizers=[o.state_dict()["state"] for o in optimizers],
-            detector=detector.state_dict(), switched=switched, sums=sums, count=count,
+            detector=detector.state_dict(), switch_step=switch_step, sums=sums, count=count,
             episode_fau=episode_fau if episode_updates else None, episode_updates=episode_updates,
             rng={name: generator.get_state() for name, generator in rng.items()}, torch_rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None,
@@ -1043,7 +1058,7 @@ def train(args: Args) -> Path:
         gradient_steps, count = gradient_steps + 1, count + 1
         critic_fau = metrics["plasticity/fau/critic"]
         if detector.reference is None:
-            detector.reference = float(critic_fau)
+            detector.first_batch(float(critic_fau))
             log({"adaptive_rr/fau_first": detector.reference})
         episode_fau, episode_updates = episode_fau + critic_fau, episode_updates + 1
 
@@ -1061,9 +1076,14 @@ def train(args: Args) -> Path:
             break  # resumed, the run goes on here, and evaluates again if the signal came then
 
         # The replay ratio of this step
-        if args.rr_mode == "fixed-switch":
-            switched = global_step >= args.rr_switch_step
-        replay_ratio = args.rr_high if switched else args.rr_low
+        settled = {"adaptive": detector.switched, "static": False, "fixed-switch": global_step == args.rr_switch_step}
+        if settled[args.rr_mode] and switch_step is None:
+            switch_step = global_step
+            ratios = f"replay ratio {args.rr_low:g} -> {args.rr_high:g}"
+            bar.write(
+                f"step {global_step}, episode {episode}: {ratios}; the last check's FAU was {detector.reference:.4f}"
+            )
+        replay_ratio = args.rr_low if switch_step is None else args.rr_high
         events = {}
         if args.reset_every and global_step and global_step % args.reset_every == 0:
             reset_agent(agent, optimizers, args, rng["intervention"])
@@ -1096,15 +1116,11 @@ def train(args: Args) -> Path:
             episode, episode_actions, episode_return = episode + 1, [], 0.0
             if episode_updates:
                 average = float(episode_fau) / episode_updates
-                check = detector.end_episode(episode, average)
+                check = detector.end_episode(episode, average, may_switch=global_step >= args.rr_min_step)
                 episode_fau, episode_updates = 0, 0
                 events["adaptive_rr/fau_episode"] = average
                 if check is not None:
-                    events["adaptive_rr/fau_checkpoint"], events["adaptive_rr/fau_delta"], settled = check
-                    if args.rr_mode == "adaptive" and settled and not switched and global_step >= args.rr_min_step:
-                        switched = True
-                        ratios = f"replay ratio {args.rr_low:g} -> {args.rr_high:g}"
-                        bar.write(f"step {global_step}, episode {episode}: FAU has settled at {check[0]:.4f}; {ratios}")
+                    events["adaptive_rr/fau_checkpoint"], events["adaptive_rr/fau_delta"] = check
             replay.add_first(envs.reset(seed=[episode_seed(args.seed, 0, episode)])[0][0])
 
         # Log, save
@@ -1113,7 +1129,8 @@ def train(args: Args) -> Path:
             log({tag: total / count for tag, total in sums.items()} | {
                 "charts/stddev": stddev_at(global_step, args), "charts/gradient_steps": gradient_steps,
                 "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": walltime + time.time() - start_time,
-                "charts/replay_ratio": replay_ratio if learning else 0, "adaptive_rr/switched": switched})  # fmt: skip
+                "charts/replay_ratio": replay_ratio if learning else 0,
+                "adaptive_rr/switched": switch_step is not None})  # fmt: skip
             if timer_step > max(learning_from, first_step):  # the first steps of learning warm up and compile
                 log({"charts/SPS": (global_step - timer_step) / (time.time() - timer - paused)})
             sums, count, timer_step, timer, paused = {}, 0, global_step, time.time(), 0.0
@@ -1131,7 +1148,8 @@ def train(args: Args) -> Path:
         raise SystemExit(128 + stop[0])
     if args.save_model:
         save_file(run_dir / "model.pt", agent.state_dict())
-    summary = dict(global_step=global_step, gradient_steps=gradient_steps, walltime=walltime + time.time() - start_time)
+    summary = dict(global_step=global_step, gradient_steps=gradient_steps, switch_step=switch_step)
+    summary["walltime"] = walltime + time.time() - start_time
     save_file(run_dir / "summary.json", summary | result)
     print(f"{run_dir}: mean return {result['eval/episodic_return']:.1f} over {result['eval/episodes']:g} episodes")
     return run_dir

@@ -1123,8 +1123,7 @@ def train(args: Args) -> Path:
 
     if args.resume and start["replay"] is None:
         print(f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on")
-        learning_from, episode = global_step + args.learning_starts, episode + 1
-        episode_actions, episode_return = [], 0.0
+        learning_from, episode_actions, episode_return = global_step + args.learning_starts, [], 0.0
     # The simulator's state is not in the checkpoint: the same seed and the same actions lead to it again
     options = {"actions": np.array(episode_actions, np.float32)}
     frame = envs.reset(seed=[episode_seed(args.seed, 0, episode)], options=options)[0][0]

@@ -15,6 +15,7 @@ from test_drqv2_plasticity_runs import make_serial_envs, stopped_run
 
 import adaptive_rr as rr
 
+SWITCHES = []  # of the official state machine, by series
 EAGER = ["--rr-check-episodes", 2, "--rr-threshold", 1]  # fires at the first check: after episode 2, at step 40
 
 
@@ -59,61 +60,77 @@ class OfficialStateMachine:
 @pytest.mark.parametrize("seed", range(10))
 def test_detector_switches_when_the_official_state_machine_does(interval, seed):
     rng = np.random.default_rng(seed)
-    official, detector, switched = OfficialStateMachine(interval, 0.004), rr.PlateauDetector(interval, 1, 0.004), False
-    level, switches = 0.5, []
+    official, detector = OfficialStateMachine(interval, 0.004), rr.PlateauDetector(interval, 1, 0.004)
+    level, switches, before = 0.5, [], False
     for episode in range(1, 120):
         level += rng.normal(0, 0.004)
         faus = level + rng.normal(0, 0.002, 8) if episode > 1 else []  # the first episode only collects
         for fau in faus:
             official.update(fau)
             if detector.reference is None:
-                detector.reference = fau
-        expected, settled = official.episode_ends(), False
+                detector.first_batch(fau)
+        expected = official.episode_ends()
         if len(faus):
             check = detector.end_episode(episode, float(np.mean(faus)))
             assert (check is not None) == (episode % interval == 0)
             if check:
                 assert check[0] == pytest.approx(official.last_average)
-                settled = check[2]
-        assert expected == (settled and not switched)
-        switched |= settled
+        assert expected == (detector.switched and not before)
+        before = detector.switched
         switches += [episode] * expected
     assert len(switches) <= 1
+    SWITCHES.append(switches)
 
 
-def settled_at(series, **options):
-    """Episodes at whose end the detector says settled; series[0] is also the first batch's FAU."""
+def test_some_of_them_switched():
+    assert len(SWITCHES) == 30 and 5 < sum(map(len, SWITCHES))
+
+
+def switch(series, **options):
+    """The episode at whose end the detector switches, or None; series[0] is also the first batch's FAU."""
     detector = rr.PlateauDetector(**options)
-    detector.reference = series[0]
-    checks = [(episode, detector.end_episode(episode, fau)) for episode, fau in enumerate(series, start=1)]
-    return [episode for episode, check in checks if check and check[2]]
+    detector.first_batch(series[0])
+    for episode, fau in enumerate(series, start=1):
+        detector.end_episode(episode, fau)
+        if detector.switched:
+            return episode
+    return None
 
 
 def test_detector_by_hand():
-    assert settled_at([0.4] * 200) == [50, 100, 150, 200]  # a constant FAU fires at the first check
-    steps = [0.4 + 0.002 * (episode // 50) for episode in range(1, 201)]
-    assert settled_at([0.0, *steps[1:]]) == []  # 0.002 per check never does
-    assert settled_at([0.5, 0.25, 0.5, 0.5], check_episodes=2, threshold=0.25) == [2, 4]  # equality counts
-    assert settled_at([0.4, 0.9] * 10, check_episodes=2, threshold=0.5) == [2, *range(4, 21, 2)]
-    only_last = [0.1, 0.4, 0.9, 0.4, 0.1, 0.4]  # the episodes between do not count
-    assert settled_at(only_last, check_episodes=2, threshold=0.01) == [4, 6]
-    assert settled_at(only_last, check_episodes=3, window_episodes=2, threshold=0.31) == []
-    assert settled_at([0.1, 0.3, 0.5], check_episodes=3, window_episodes=2, threshold=0.3001) == [3]  # 0.4 - 0.1
+    assert switch([0.4] * 200) == 50  # a constant FAU fires at the first check
+    assert switch([0.0, *(0.4 + 0.002 * (episode // 50) for episode in range(2, 201))]) is None  # 0.002 per check never
+    assert switch([0.5, 0.25, 0.5, 0.5], check_episodes=2, threshold=0.25) == 2  # equality counts
+    assert switch([0.5, 0.25, 0.5, 0.5], check_episodes=2, threshold=0.24) is None
+    only_last = [0.1, 0.4, 0.9, 0.4, 0.1, 0.7]  # the episodes between do not count
+    assert switch(only_last, check_episodes=2, threshold=0.01) == 4
+    assert switch(only_last, check_episodes=3, threshold=0.21) == 6  # 0.9 - 0.7
+    assert switch([0.1, 0.3, 0.5], check_episodes=3, window_episodes=2, threshold=0.3001) == 3  # 0.4 - 0.1
+    assert switch([0.1, 0.3, 0.5], check_episodes=3, window_episodes=3, threshold=0.2001) == 3  # the whole interval
+    assert switch([0.1, 0.3, 0.5], check_episodes=3, window_episodes=1, threshold=0.3001) is None
 
 
 def test_detector_knows_a_plateau_and_not_a_recovery():
-    collapse = [0.5] * 2 + [0.2 - 0.0004 * i for i in range(10)]
-    assert settled_at(collapse, check_episodes=2)  # fires in the middle of a slow decline
-    assert not settled_at(collapse, check_episodes=2, required_rise=0.01)[1:]
-    valley = [0.5, 0.5, 0.3, 0.3, 0.3, 0.3, 0.4, 0.4, 0.4, 0.4]
-    assert settled_at(valley, check_episodes=2, required_rise=0.05) == [10]
-    assert settled_at(valley, check_episodes=2) == [2, 6, 10]
+    decline = [0.5, 0.3] + [0.2 - 0.0004 * i for i in range(10)]
+    assert switch(decline, check_episodes=2) == 6  # in the middle of a slow decline
+    assert switch(decline, check_episodes=2, required_rise=0.01) is None
+    assert switch([0.5, 0.35, 0.2, 0.35], check_episodes=2, threshold=0.001) == 4  # on both sides of a valley
+    minimum = [0.5, 0.3, 0.3, 0.3, 0.3, 0.3, 0.4, 0.4, 0.4, 0.4]
+    assert switch(minimum, check_episodes=2) == 4 and switch(minimum, check_episodes=2, required_rise=0.05) == 10
+
+
+def test_detector_may_be_told_to_wait():
+    detector = rr.PlateauDetector(2)
+    detector.first_batch(0.4)
+    for episode in range(1, 9):
+        detector.end_episode(episode, 0.4, may_switch=episode > 5)
+        assert detector.switched == (episode >= 6)
 
 
 def test_detector_state():
     rng = np.random.default_rng(0)
     detector, other = rr.PlateauDetector(5, 3), rr.PlateauDetector(5, 3)
-    detector.reference = 0.5
+    detector.first_batch(0.5)
     for episode in range(1, 30):
         fau = float(rng.uniform())
         if episode == 13:
@@ -130,16 +147,17 @@ def test_a_run_through_the_command_line(tmp_path):
     command = [sys.executable, "copied.py", *ADAPTIVE, *EAGER, "--save-model"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "step 40, episode 2: FAU has settled at" in done.stdout and "replay ratio 0.5 -> 2" in done.stdout
+    assert "step 40, episode 2: replay ratio 0.5 -> 2; the last check's FAU was 0." in done.stdout
     (run_dir,) = Path("runs").iterdir()
     logged = scalars(run_dir)
     assert set(logged["adaptive_rr/fau_episode"]) == set(range(40, 121, 20))
     assert set(logged["adaptive_rr/fau_checkpoint"]) == set(logged["adaptive_rr/fau_delta"]) == {40, 80, 120}
-    assert logged["adaptive_rr/switched"] == {20: 0, 40: 1, 60: 1, 80: 1, 100: 1, 120: 1}
+    assert logged["adaptive_rr/switched"] == {20: 0, 40: 0, 60: 1, 80: 1, 100: 1, 120: 1}
     assert logged["charts/replay_ratio"] == {20: 0, 40: 0.5, 60: 2, 80: 2, 100: 2, 120: 2}
     (first,) = logged["adaptive_rr/fau_first"].values()
     assert abs(logged["adaptive_rr/fau_checkpoint"][40] - first) == pytest.approx(logged["adaptive_rr/fau_delta"][40])
     assert (run_dir / "model.pt").exists()
+    assert json.loads((run_dir / "summary.json").read_text())["switch_step"] == 40
 
 
 def counted(monkeypatch):
@@ -173,11 +191,14 @@ def test_updates_before_and_after_the_switch(flags, switch, serial, monkeypatch)
         low = int(step >= 30 and step % 2 == 0)
         assert per_step[step] == (low if switch is None or step < switch else 2), step
     logged = scalars(run_dir)
-    assert checkpoint(run_dir)["switched"] == (switch is not None)
-    end = updates[40]  # the check after episode 2 sees the updates of that episode
+    assert checkpoint(run_dir)["switch_step"] == switch
+    updates.append(len(faus))
+    averages = {end: np.mean(faus[updates[end - 20] : updates[end]]) for end in range(40, 121, 20)}
+    assert logged["adaptive_rr/fau_episode"] == pytest.approx(averages, rel=1e-5)  # each of its own episode alone
     if "--rr-check-episodes" in flags:
-        assert logged["adaptive_rr/fau_episode"][40] == pytest.approx(np.mean(faus[:end]), rel=1e-5)
-        assert logged["adaptive_rr/fau_delta"][40] == pytest.approx(abs(np.mean(faus[:end]) - faus[0]), abs=1e-6)
+        checks = {40: faus[0], 80: averages[40], 120: averages[80]}
+        differences = {end: abs(averages[end] - reference) for end, reference in checks.items()}
+        assert logged["adaptive_rr/fau_delta"] == pytest.approx(differences, abs=1e-6)
 
 
 def test_ratios_by_flag(serial, monkeypatch):
@@ -214,26 +235,60 @@ def test_static_is_drqv2_of_the_study(serial, monkeypatch):
     assert_same(ours["optimizers"], theirs["optimizers"])
 
 
+@pytest.fixture(scope="module")
+def fingerprints():
+    return {}
+
+
 @pytest.mark.parametrize("flags", [
-    ["--reset-every", 50], ["--reset-every", 50, "--reset-scope", "all"],
-    ["--reset-every", 50, "--reset-modules", "actor"],
-    ["--reset-every", 50, "--no-reset-optimizer"],
+    [], ["--reset-every", 50], ["--reset-every", 50, "--reset-scope", "all"],
+    ["--reset-every", 50, "--reset-modules", "actor"], ["--reset-every", 50, "--no-reset-optimizer"],
     ["--redo-period-gradient-steps", 10, "--redo-batch-size", 8, "--redo-tau", 0.8],
     ["--redo-period-gradient-steps", 10, "--redo-batch-size", 4, "--redo-tau", 0.8],
     ["--redo-period-gradient-steps", 10, "--redo-batch-size", 8, "--redo-tau", 0.8, "--redo-modules", "actor"],
-    ["--preset", "paper-table", "--batch-size", 9], ["--tau", 0.5], ["--stddev-clip", 0.01],
+    ["--tau", 0.5], ["--stddev-clip", 0.01], ["--shift-pad", 1], ["--learning-rate", 0.01], ["--gamma", 0.5],
 ], ids=str)  # fmt: skip
-def test_every_switch_changes_the_run(flags, serial):
-    seen = test_every_switch_changes_the_run.__dict__.setdefault("seen", {})
-    learned = checkpoint(run(*ADAPTIVE, *flags))["agent"]
-    fingerprint = sum(float(v.double().sum()) for v in learned.values())
-    assert fingerprint not in seen.values()
-    seen[str(flags)] = fingerprint
+def test_every_switch_changes_the_run(flags, serial, fingerprints):
+    for given in ([], flags):  # the default run comes first
+        if str(given) not in fingerprints:
+            learned = checkpoint(run(*ADAPTIVE, *given))["agent"]
+            fingerprint = sum(float(v.double().sum()) for v in learned.values())
+            assert fingerprint not in fingerprints.values()
+            fingerprints[str(given)] = fingerprint
+
+
+def test_learning_that_begins_after_a_check_was_due(serial, monkeypatch):
+    """Episode 2, at step 40, has no gradient step: no check follows it. Episode 4 compares with the first batch."""
+    faus, updates = counted(monkeypatch)
+    run_dir = run(*ADAPTIVE, *EAGER, "--learning-starts", 50)
+    logged = scalars(run_dir)
+    assert set(logged["adaptive_rr/fau_checkpoint"]) == {80, 120} and checkpoint(run_dir)["switch_step"] == 80
+    delta = abs(np.mean(faus[updates[60] : updates[80]]) - faus[0])
+    assert logged["adaptive_rr/fau_delta"][80] == pytest.approx(delta, abs=1e-6)
+
+
+def test_resume_without_the_replay_begins_the_episode_again(serial, monkeypatch):
+    part = stopped_run(53, monkeypatch, *ADAPTIVE, "--no-checkpoint-replay", "--rr-check-episodes", 2, script=rr)
+    run("--resume", part, "--total-timesteps", 160)
+    logged = scalars(part)
+    assert set(logged["charts/episodic_return"]) == {20, 40, *range(73, 160, 20)}  # 53 + 20, ...
+    assert set(logged["adaptive_rr/fau_episode"]) == {40, 93, 113, 133, 153}  # it learns again from step 83 on
+
+
+def test_nothing_waits_for_the_device_at_every_update(serial, monkeypatch):
+    reads, read = [], torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: reads.append(0) or read(tensor))
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    run(*ADAPTIVE, "--rr-mode", "static", "--rr-low", 2, "--log-every", 1000)
+    assert len(reads) == 1 + 5  # the first batch, and once per episode with gradient steps, in 180 updates
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--rr-check-episodes", 1], "--rr-window-episodes 1: must be less than --rr-check-episodes 1"),
-    (["--rr-window-episodes", 50], "--rr-window-episodes 50: must be less than --rr-check-episodes 50"),
+    (["--rr-check-episodes", 1], "--rr-check-episodes 1: must be at least 2"),
+    (["--rr-window-episodes", 51], "--rr-window-episodes 51: must be at most --rr-check-episodes 50"),
+    (["--rr-mode", "static", "--rr-high", 4], "--rr-high 4.0: is for runs that switch"),
+    (["--rr-mode", "static", "--rr-min-step", 4], "--rr-min-step 4: is for --rr-mode adaptive only"),
     (["--rr-low", 2], "--rr-low 2.0: must be less than --rr-high 2.0"),
     (["--rr-high", 0.4], "--rr-high 0.4: must be k or 1/k"),
     (["--rr-switch-step", 60], "--rr-switch-step 60: must be given with --rr-mode fixed-switch, and only then"),
