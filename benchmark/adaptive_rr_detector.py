@@ -1,10 +1,11 @@
 """Where other detectors would have raised the replay ratio: logged fractions of active units, replayed, offline.
 
-    python benchmark/adaptive_rr_detector.py --runs "rr-paper-*" --out runs/figures/adaptive_rr_detector
+    python benchmark/adaptive_rr_detector.py --runs "rr-paper-static0.5" --out runs/figures/adaptive_rr_detector
 
-For every run of adaptive_rr.py whose --exp-name matches: the critic's fraction of active units (FAU) per episode, and a
-mark for every interval, window and threshold where adaptive_rr.PlateauDetector would have switched first. In a run that
-has itself switched, what comes after its own switch belongs to the high replay ratio; static runs have no such break.
+For every run of adaptive_rr.py whose --exp-name matches, and every interval, window and threshold, the frame where
+adaptive_rr.PlateauDetector would have switched. Best asked of static runs at the low replay ratio. A run that switched
+itself is replayed up to its own switch only: what comes later belongs to another replay ratio. The guards
+(--rr-min-step, --rr-required-rise) are left out.
 """
 
 import argparse
@@ -12,51 +13,67 @@ import math
 import sys
 from pathlib import Path
 
-from plotting import load_runs, panels, save
+from plotting import group, load_runs, panels, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_rr import PlateauDetector
 
 
+def own_switch(run) -> float:
+    """The frame after which the run's replay ratio was logged as raised; infinite for never."""
+    frames, switched = run.series("adaptive_rr/switched")
+    return min(frames[switched > 0], default=math.inf)
+
+
 def switch_frame(run, interval: int, window: int, threshold: float) -> float:
     """The frame where a detector with these settings would have switched on a run's logged FAU; NaN for never."""
     episode_ends = run.series("charts/episodic_return")[0].tolist()
-    detector = PlateauDetector(interval, window, threshold)
-    detector.reference = run.series("adaptive_rr/fau_first")[1][0]
+    detector, end = PlateauDetector(interval, window, threshold), own_switch(run)
+    detector.first_batch(run.series("adaptive_rr/fau_first")[1][0])
     for frame, fau in zip(*run.series("adaptive_rr/fau_episode")):
-        check = detector.end_episode(episode_ends.index(frame) + 1, float(fau))
-        if check is not None and check[2]:
-            return float(frame)
+        if frame < end:
+            detector.end_episode(episode_ends.index(frame) + 1, float(fau))
+            if detector.switched:
+                return float(frame)
     return math.nan
 
 
 def draw(runs, intervals, windows, thresholds, out) -> None:
-    """A panel per run and a row of the CSV per run and setting. SystemExit where no run has a finished episode."""
+    """Two panels per task: the FAU per episode of every run; the switch over the threshold, a line per interval and
+    window, a point per run. A row of the CSV per run and setting. SystemExit where no run has a finished episode."""
     runs = [run for run in runs if len(run.series("adaptive_rr/fau_episode")[0])]
     if not runs:
         raise SystemExit("error: no run is long enough for an episode's fraction of active units")
-    settings = [(i, w, t) for i in intervals for w in windows if w < i for t in thresholds]
-    figure, axes = panels(len(runs), columns=3, width=4.4, height=1.6 + 0.16 * len(settings))
-    rows = []
-    for axis, run in zip(axes, runs):
-        env_id, name, seed = (run.args[key] for key in ("env_id", "exp_name", "seed"))
-        frames, faus = run.series("adaptive_rr/fau_episode")
-        axis.plot(frames / 1e6, faus, color="0.3", linewidth=1)
-        span = max(faus.max() - faus.min(), 0.01)
-        for k, (interval, window, threshold) in enumerate(settings):
-            frame, place = switch_frame(run, interval, window, threshold), faus.max() + span * (0.15 + 0.12 * k)
-            color = f"C{thresholds.index(threshold)}"
-            axis.plot([frame / 1e6], [place], "|", ms=7, mew=2, color=color)
-            text = f"{interval} / {window} / {threshold:g}" + (": never" if math.isnan(frame) else "")
-            axis.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), fontsize=6, va="center",
-                          color=color)  # fmt: skip
-            rows.append(dict(env_id=env_id, exp_name=name, seed=seed, check_episodes=interval, window_episodes=window,
-                             threshold=threshold, switch_frame=frame))  # fmt: skip
+    tasks, rows = group(runs, lambda run: run.args["env_id"]), []
+    figure, axes = panels(2 * len(tasks), columns=2, width=4.4, height=3.2)
+    for k, (env_id, members) in enumerate(tasks.items()):
+        curves, switches = axes[2 * k], axes[2 * k + 1]
+        for i, run in enumerate(members):
+            frames, faus = run.series("adaptive_rr/fau_episode")
+            label = f"{run.args['exp_name'].split('-', 2)[-1]}, seed {run.args['seed']}"
+            curves.plot(frames / 1e6, faus, linewidth=1, color=f"C{i}", label=label)
+            if own_switch(run) < math.inf:
+                curves.axvline(own_switch(run) / 1e6, color=f"C{i}", linestyle=":", linewidth=1)
+        for i, (interval, window) in enumerate((i, w) for i in intervals for w in windows if w <= i):
+            points = []
+            for run in members:
+                for threshold in thresholds:
+                    frame = switch_frame(run, interval, window, threshold)
+                    points.append((threshold * 1.06 ** (i - 1), frame / 1e6))
+                    rows.append(dict(env_id=env_id, exp_name=run.args["exp_name"], seed=run.args["seed"],
+                                     check_episodes=interval, window_episodes=window, threshold=threshold,
+                                     switch_frame=frame, own_switch_frame=own_switch(run)))  # fmt: skip
+            never = sum(math.isnan(frame) for _, frame in points)
+            label = f"every {interval} episodes, average of {window}" + (
+                f" ({never} of {len(points)} never)" * (never > 0)
+            )
+            switches.plot(*zip(*points), "o", ms=4, color=f"C{i}", label=label)
         task = env_id.removeprefix("dm_control/").removesuffix("-v0")
-        axis.set(title=f"{task}, {name}, seed {seed}", xlabel="million frames", ylabel="the critic's FAU")
-        axis.locator_params(axis="x", nbins=4)
-    note = "Line: the critic's FAU per episode. Marks: the first switch by interval / window (episodes) / threshold."
-    save(figure, rows, out, note)
+        curves.set(title=task, xlabel="million frames", ylabel="the critic's FAU per episode")
+        switches.set(title=f"{task}: first switch", xlabel="threshold", ylabel="million frames", xscale="log")
+        for axis in (curves, switches):
+            axis.legend(frameon=False, fontsize=6)
+    save(figure, rows, out, "Dotted: where a run switched itself; it is replayed up to there. Points: one per run.")
 
 
 def main() -> None:

@@ -68,10 +68,8 @@ pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags an
 
 ratio_tiers() { # the same for adaptive_rr.py, which must see some episodes of 500 steps
   pixel_tiers "$1"
-  case $SCALE in
-    smoke) flags="$DRQ_SMOKE --total-timesteps 2000 --eval-every 2000 --rr-check-episodes 2 --rr-threshold 0.05" ;;
-    small) flags="$DRQ_SMALL --rr-check-episodes 10" ;;
-  esac
+  [ "$SCALE" != smoke ] ||
+    flags="$DRQ_SMOKE --total-timesteps 2000 --eval-every 2000 --rr-check-episodes 2 --rr-threshold 0.05"
 }
 
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]

@@ -12,7 +12,8 @@ import argparse
 import plot_drqv2_plasticity as drq
 from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
 
-# Table 1, return at 2M frames: mean, standard deviation over 5 seeds
+TABLE_FRAMES = 2_000_000
+# Table 1, return then: mean, standard deviation over 5 seeds
 ARMS = ("static0.5", "static0.5-reset", "static0.5-redo", "static2", "static2-reset", "static2-redo", "adaptive")
 TABLE = {
     drq.CHEETAH: ((828, 59), (799, 26), (788, 5), (793, 9), (885, 20), (873, 19), (880, 45)),
@@ -32,28 +33,33 @@ drq.PAPER |= {
 
 
 def table(runs, arms, out) -> None:
-    """Table 1 as a picture: a row per arm, a column per task; our mean and its interval, the paper's mean and std."""
+    """Table 1 as a picture: a row per arm, a column per task; our mean and its interval, the paper's mean and std.
+
+    Of runs longer than the paper's table, 2M frames, the last evaluation within them counts.
+    """
     tasks, rows, cells = group(runs, lambda run: run.args["env_id"]), [], []
     for name in arms:
         line = []
         for env_id, members in tasks.items():
             seeds = group(members, drq.arm).get(name, [])
-            paper = TABLE.get(env_id, [("", "")] * len(ARMS))[ARMS.index(name)]
+            paper = dict(zip(ARMS, TABLE.get(env_id, ()))).get(name, ("", ""))
             text = "-"
             if seeds:
                 frames, values = aligned(seeds, "eval/episodic_return")
-                mean, low, high = (band[-1] for band in mean_and_band(values))
-                text = f"{mean:.0f} [{low:.0f}, {high:.0f}]"
-                rows.append(dict(arm=name, env_id=env_id, seeds=len(seeds), frames=int(frames[-1]), mean=mean, low=low,
-                                 high=high, paper_mean=paper[0], paper_std=paper[1]))  # fmt: skip
+                last = (frames <= TABLE_FRAMES).nonzero()[0][-1]
+                mean, low, high = (band[last] for band in mean_and_band(values))
+                text = f"{mean:.0f}" + (f" [{low:.0f}, {high:.0f}]" if len(seeds) > 1 else "")
+                text += f" at {frames[last]:,}" if frames[last] < TABLE_FRAMES else ""
+                rows.append(dict(arm=name, env_id=env_id, seeds=len(seeds), frames=int(frames[last]), mean=mean,
+                                 low=low, high=high, paper_mean=paper[0], paper_std=paper[1]))  # fmt: skip
             line.append(text + (f"\npaper {paper[0]} ± {paper[1]}" if paper[0] else ""))
         cells.append(line)
-    figure, (axis,) = panels(1, width=2 + 2 * len(tasks), height=0.5 * len(arms) + 1)
+    figure, (axis,) = panels(1, width=2 + 2.4 * len(tasks), height=0.5 * len(arms) + 1)
     axis.set_axis_off()
     columns = [env_id.removeprefix("dm_control/").removesuffix("-v0") for env_id in tasks]
     axis.table(cells, rowLabels=arms, colLabels=columns, loc="center", cellLoc="center").scale(1, 2.4)
     seeds = seeds_text(group(runs, lambda run: (drq.arm(run), run.args["env_id"])).values())
-    axis.set_title(f"last return, at {max(row['frames'] for row in rows):,} frames, {seeds}")
+    axis.set_title(f"return at {TABLE_FRAMES:,} frames, or before, where written; {seeds}")
     save(figure, rows, out, "Mean and 95% bootstrap interval over seeds; below, the paper's mean and std at 2M frames.")
 
 
@@ -61,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("curves", "table"))
     parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
-    parser.add_argument("--envs", nargs="+", required=True, help="tasks, in this order")
+    parser.add_argument("--envs", nargs="+", required=True, help="the tasks")
     parser.add_argument("--arms", nargs="+", required=True, help="the lines or rows, in this order")
     parser.add_argument("--tags", nargs="+", default=["return"], help="the panels of curves")
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")

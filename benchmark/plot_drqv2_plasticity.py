@@ -34,6 +34,8 @@ PAPER = {
     (QUADRUPED, "fau/critic", "augmentation"): at(0.388, 0.415, 0.459, 0.453, 0.412, 0.382),
     (QUADRUPED, "fau/critic", "rr2"): at(0.398, 0.338, 0.339, 0.300, 0.250, 0.221),
     (QUADRUPED, "fau/actor", "augmentation"): at(0.44, 0.37, 0.26, 0.156, 0.117, 0.102),
+    (QUADRUPED, "fau/actor", "rr2"): at(0.29, 0.23, 0.19, 0.147, 0.126, 0.120),
+    (QUADRUPED, "fau/encoder", "rr2"): at(0.357, 0.342, 0.338, 0.347, 0.338, 0.338),
     (QUADRUPED, "fau/encoder", "augmentation"): at(0.406, 0.377, 0.370, 0.339, 0.325, 0.328),
     (WALKER, "return", "augmentation"): [(0.3, 230), (0.5, 391), (1, 624), (2, 716), (3, 755)],
     (WALKER, "return", "plain"): [(0.3, 42), (0.5, 54), (1, 85), (2, 104), (3, 167)],
@@ -144,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("curves", "bars", "seeds"))
     parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
-    parser.add_argument("--envs", nargs="+", required=True, help="tasks, in this order")
+    parser.add_argument("--envs", nargs="+", required=True, help="the tasks")
     parser.add_argument(
         "--arms", nargs="+", required=True, help="the lines, in this order; those without runs are left out"
     )

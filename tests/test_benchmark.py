@@ -185,6 +185,10 @@ def test_detectors_replayed_on_logged_runs():
     assert frames == {
         ("2", "1", "0.001"): "140", ("4", "1", "0.001"): "220", ("4", "3", "0.001"): "220",
         ("2", "1", "0.2"): "60", ("4", "1", "0.2"): "60", ("4", "3", "0.2"): "60"}  # fmt: skip
+    write_scalars("runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__switched={60: 0.0, 65: 1.0, 80: 1.0})
+    adaptive_rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [1], [0.001, 0.2], "out")
+    cut = {(row["check_episodes"], row["threshold"]): row["switch_frame"] for row in read_csv("out.csv")}
+    assert cut == {("2", "0.001"): "nan", ("4", "0.001"): "nan", ("2", "0.2"): "60", ("4", "0.2"): "60"}
     write_run("rr-empty-static2", 1, [0.0])
     with pytest.raises(SystemExit, match="no run is long enough"):
         adaptive_rr_detector.draw(plotting.load_runs("rr-empty-*"), [2], [1], [0.1], "out")
@@ -193,10 +197,8 @@ def test_detectors_replayed_on_logged_runs():
 def test_table_1_has_the_papers_numbers_beside_ours():
     options = dict(tag="eval/episodic_return", every=500_000, folder="cheetah-run", action_repeat=2)
     for seed, value in ((1, 700.0), (2, 800.0)):
-        write_run(
-            "rr_table1-paper-static2-reset", seed, [0, 300.0, value], env_id="dm_control/cheetah-run-v0", **options
-        )
-    plot_rr.table(plotting.load_runs("rr_table1-paper-*"), list(plot_rr.ARMS), "out")
+        write_run("rr-paper-static2-reset", seed, [0, 300.0, value, 0.0], env_id="dm_control/cheetah-run-v0", **options)
+    plot_rr.table(plotting.load_runs("rr-paper-*"), list(plot_rr.ARMS), "out")
     (row,) = read_csv("out.csv")
     assert (row["arm"], float(row["mean"]), int(row["frames"])) == ("static2-reset", 750, 2_000_000)
     assert (row["paper_mean"], row["paper_std"], row["seeds"]) == ("885", "20", "2")
