@@ -1079,10 +1079,8 @@ def train(args: Args) -> Path:
         settled = {"adaptive": detector.switched, "static": False, "fixed-switch": global_step == args.rr_switch_step}
         if settled[args.rr_mode] and switch_step is None:
             switch_step = global_step
-            ratios = f"replay ratio {args.rr_low:g} -> {args.rr_high:g}"
-            bar.write(
-                f"step {global_step}, episode {episode}: {ratios}; the last check's FAU was {detector.reference:.4f}"
-            )
+            reason = f"FAU has settled at {detector.reference:.4f}; " if args.rr_mode == "adaptive" else ""
+            bar.write(f"step {global_step}: {reason}replay ratio {args.rr_low:g} -> {args.rr_high:g}")
         replay_ratio = args.rr_low if switch_step is None else args.rr_high
         events = {}
         if args.reset_every and global_step and global_step % args.reset_every == 0:
