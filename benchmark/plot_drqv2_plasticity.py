@@ -139,6 +139,7 @@ def bars(runs, arms, tags, out) -> None:
     )
     for axis, tag in zip(axes[1:], tags):
         rows += draw_curves(axis, runs, tag, arms)
+        axis.get_legend().remove()  # the bars have the lines' colours
     save(figure, rows, out, NOTE)
 
 
