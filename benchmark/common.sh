@@ -66,6 +66,22 @@ pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags an
   envs=$(printf "dm_control/%s-v0 " $tasks)
 }
 
+injection_arms() { # Figs. 5 and 16, after pixel_tiers
+  echo "augmentation"
+  echo "augmentation-inject-actor --injection actor --injection-step $third"
+  echo "augmentation-inject-critic --injection critic --injection-step $third"
+  echo "switch-on --no-augmentation --augmentation-switch-step $third"
+  echo "switch-on-inject-actor --no-augmentation --augmentation-switch-step $third --injection actor --injection-step $third"
+  echo "switch-on-inject-critic --no-augmentation --augmentation-switch-step $third --injection critic --injection-step $third"
+}
+
+replay_ratio_arms() { # Figs. 7 and 8
+  echo "augmentation"
+  echo "rr1 --replay-ratio 1"
+  echo "rr2 --replay-ratio 2"
+  echo "rr4 --replay-ratio 4"
+}
+
 ratio_tiers() { # the same for adaptive_rr.py, which must see some episodes of 500 steps
   pixel_tiers "$1"
   [ "$SCALE" != smoke ] ||

@@ -16,5 +16,6 @@ sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "augmentation-reset20 --reset-times 20"
   echo "plain-reset20 --no-augmentation --reset-times 20"
 )
-draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain augmentation-reset2 plain-reset2 augmentation-reset5 plain-reset5 augmentation-reset10 plain-reset10 augmentation-reset20 plain-reset20 \
+draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs \
+  --arms augmentation plain augmentation-reset2 plain-reset2 augmentation-reset5 plain-reset5 augmentation-reset10 plain-reset10 augmentation-reset20 plain-reset20 \
   --tags return

@@ -10,5 +10,6 @@ sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "primed-plain-then-augmentation --priming-gradient-steps $priming --priming-augmentation off"
   echo "primed-augmentation-then-plain --no-augmentation --priming-gradient-steps $priming --priming-augmentation on"
 )
-draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms primed-augmentation primed-plain primed-plain-then-augmentation primed-augmentation-then-plain \
+draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs \
+  --arms primed-augmentation primed-plain primed-plain-then-augmentation primed-augmentation-then-plain \
   --tags return fau/critic

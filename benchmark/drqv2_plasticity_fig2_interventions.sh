@@ -15,5 +15,6 @@ sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "spectral-norm --no-augmentation --spectral-norm"
   echo "weight-decay --no-augmentation --weight-decay 1e-5"
 )
-draw benchmark/plot_drqv2_plasticity.py bars --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain layer-norm crelu shrink-perturb l2-init spectral-norm weight-decay \
+draw benchmark/plot_drqv2_plasticity.py bars --runs "drqv2-$SCALE-*" --envs $envs \
+  --arms augmentation plain layer-norm crelu shrink-perturb l2-init spectral-norm weight-decay \
   --tags return feature_rank/critic weight_norm/critic fau/critic

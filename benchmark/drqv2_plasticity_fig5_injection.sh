@@ -5,13 +5,7 @@
 source "$(dirname "$0")/common.sh"
 
 pixel_tiers "walker-run"
-sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
-  echo "augmentation"
-  echo "augmentation-inject-actor --injection actor --injection-step $third"
-  echo "augmentation-inject-critic --injection critic --injection-step $third"
-  echo "switch-on --no-augmentation --augmentation-switch-step $third"
-  echo "switch-on-inject-actor --no-augmentation --augmentation-switch-step $third --injection actor --injection-step $third"
-  echo "switch-on-inject-critic --no-augmentation --augmentation-switch-step $third --injection critic --injection-step $third"
-)
-draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation augmentation-inject-actor augmentation-inject-critic switch-on switch-on-inject-actor switch-on-inject-critic \
+sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(injection_arms)
+draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs \
+  --arms augmentation augmentation-inject-actor augmentation-inject-critic switch-on switch-on-inject-actor switch-on-inject-critic \
   --tags return fau/critic

@@ -4,11 +4,6 @@
 source "$(dirname "$0")/common.sh"
 
 pixel_tiers "cheetah-run walker-run quadruped-run"
-sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
-  echo "augmentation"
-  echo "rr1 --replay-ratio 1"
-  echo "rr2 --replay-ratio 2"
-  echo "rr4 --replay-ratio 4"
-)
+sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(replay_ratio_arms)
 draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation rr1 rr2 rr4 \
   --tags return
