@@ -17,29 +17,33 @@ clipped noise sigma; the critic's loss trains critic and encoder, and the actor 
 `--stddev-type drqv2 --perturb-every 0 --target-lambda 0` is DrQ-v2, bit for bit (on a CPU, as adaptive_rr.py's update).
 
     SCALE=small bash benchmark/drm_cpu.sh                   the ratio, and two perturbations, on a CPU
-    python drm.py --env-id dm_control/hopper-hop-v0         the paper's setting, 3.1M frames: for a GPU, not run yet
-    SCALE=paper bash benchmark/drm_fig6_hard.sh             Fig. 6, Dog and Humanoid; others: see README.md
+    python drm.py --env-id dm_control/hopper-hop-v0         the official code's setting: for a GPU, not run yet
+    SCALE=paper bash benchmark/drm_fig6_hard.sh             the hard tasks; others: see README.md
 
-What is new here stands under "The dormant ratio and what it steers" and in `drm_update`; in `train`, see "Perturb".
+What is new here stands under "The dormant ratio and what it steers", in `drm_update`, and in `train` under "Perturb".
 What the ratio measures is easy to get wrong. The two hidden layers count after their ReLU, the trunk before its layer
 norm, the head before its tanh, as in the official code, where that follows from a ReLU in place. Before the ReLU hardly
 any unit would be dormant. A layer that is silent altogether counts as not dormant at all (0 < 0 is false); Sokar et
-al.'s definition, logged as plasticity/dormant_ratio_tau*, counts it whole. A newly drawn actor has a ratio of 0.2 to
-0.45, more where the pictures are alike: so a perturbation pulls the ratio there, not to 0.
+al.'s definition, logged as plasticity/dormant_ratio_tau*, counts it whole. A newly drawn actor has a ratio well above 0
+(0.2 to 0.5, more where the pictures are alike): a perturbation pulls the ratio there, which may be up or down.
 Where paper and official code differ, this file follows the code, and a flag has the other one:
- a. "all parameters" are perturbed: only those of linear layers (--perturb-scope all). The encoder has none, and yet its
-    Adam state starts anew with all others. b. <= tau: < (--no-dormant-strict).
- c. The target critic gets a draw of its own, so that each perturbation drives both apart (--perturb-target same).
- d. alpha_max is 0.9, the code's is 0.6 to 1 by task (TASKS).
+ a. The paper perturbs "all parameters", the code those of linear layers (--perturb-scope all). The encoder has none,
+    and yet its Adam state starts anew with all others.
+ b. The definition counts a unit at the threshold, the code does not (--no-dormant-strict).
+ c. In the code the target critic gets a draw of its own, so that each perturbation drives it and the critic apart
+    (--perturb-target same).
+ d. By default alpha_max is 0.9 in the paper (as others report it); in the code it is 0.6 to 1 by task (TASKS).
 Where this differs from the official code (XuGW-Kevin/DrM), and why:
  1. Frames are stored once, in one ring on the GPU: 21 GB for 1M steps instead of 64 GB; a batch is drawn from all of
     it, also from the current episode, where officially 4 loaders each have a part and see new episodes late.
- 2. beta, sigma, lambda and t0 stay on the device; officially each update waits for the GPU to read beta.
+ 2. No update waits for the GPU: beta, sigma, lambda and t0 are tensors there; officially each update reads beta.
  3. The perturbation and what Adam forgets are written in place, so that a captured graph survives it.
- 4. Values and critics are computed once for both losses; the actor's loss builds no gradient of the critic.
+ 4. The critic's values of a batch are computed once, for V's loss and its own; the actor's loss builds no gradient of
+    the critic.
  5. --stddev-type max works (officially it fails with a TypeError here).
- 6. A termination cuts the bootstrap; officially a discount of 0 becomes 1 (no task of the paper terminates).
- 7. The random shift copies whole pixels. Officially bilinear interpolation gives the same up to 3e-3 of 255.
+ 6. A perturbation comes at its step, even where no gradient step is due; officially only with one.
+ 7. A termination cuts the bootstrap; officially, on dm_control, a discount of 0 becomes 1 (no task below terminates).
+ 8. The random shift copies whole pixels. Officially bilinear interpolation gives the same up to 3e-3 of 255.
 A checkpoint may come at any step: on resume the interrupted episode is played again from its seed and actions.
 Not in this file: MetaWorld and Adroit (other networks), A-LIX, TACO.
 """
@@ -108,7 +112,7 @@ class Args:
     feature_dim: int | None = None  # units of the trunks (None and no row: 50)
     hidden_dim: int = 1024  # units of each hidden layer of the heads
     stddev_start: float = 1.0  # standard deviation of the exploration noise, at first
-    stddev_end: float = 0.1  # and after its linear decay (never reached: the dormant ratio alone gives 0.119 or more)
+    stddev_end: float = 0.1  # and after its linear decay (the dormant ratio alone gives 0.119 or more by default)
     stddev_steps: int | None = None  # length in steps of the decay
     stddev_clip: float = 0.3  # bound of the noise in the updates (not when acting)
     shift_pad: int = 4  # largest random shift in pixels
@@ -118,24 +122,24 @@ class Args:
     dormant_strict: bool = True  # exactly as much is not dormant (a silent layer has no dormant unit then)
     target_dormant_ratio: float = 0.2  # below it the agent is awake, and exploits
 
-    # exploration, Eq. of sigma
+    # exploration
     stddev_type: Literal["awake", "dormant", "max", "drqv2"] = "awake"  # see `exploration_std`; drqv2: the decay alone
-    dormant_temperature: float = 0.1  # how gently the noise follows the dormant ratio
+    dormant_temperature: float = 0.1  # T: how gently the noise follows the dormant ratio
 
     # perturbation
     perturb_every: int = 100_000  # steps between perturbations; 0: never
-    perturb_rate: float = 2.0  # how fast the factor falls with the dormant ratio
-    min_perturb_factor: float = 0.2  # factor of the old weights, at least
-    max_perturb_factor: float | None = None  # at most
-    perturb_fixed_factor: float | None = None  # instead of the dormant ratio's: this one
+    perturb_rate: float = 2.0  # k: the factor of the old weights is 1 - k * dormant ratio
+    min_perturb_factor: float = 0.2  # but at least this
+    max_perturb_factor: float | None = None  # and at most this
+    perturb_fixed_factor: float | None = None  # this factor always, whatever the dormant ratio
     perturb_target: Literal["independent", "same"] = "independent"  # the target critic's draw: its own, or the critic's
     perturb_scope: Literal["linear", "actor", "all"] = "linear"  # linear layers; the actor's only; all parameters
 
     # exploitation
-    target_lambda: float = 0.6  # share of V in the target, at most; 0: no V
-    lambda_type: Literal["dormant", "constant"] = "dormant"  # it grows as the dormant ratio falls, or is constant
-    lambda_temperature: float = 0.02  # how gently it follows the dormant ratio
-    expectile: float = 0.9  # of the Q-values of the replay's actions that V learns
+    target_lambda: float = 0.6  # largest share of the value network V in the target; 0: no V
+    lambda_type: Literal["dormant", "constant"] = "dormant"  # that share grows as the ratio falls, or is constant
+    lambda_temperature: float = 0.02  # T': how gently that share follows the dormant ratio
+    expectile: float = 0.9  # V learns this expectile of the Q-values of the replay's actions
 
     # what to look at
     eval_every: int = 5000  # steps between evaluations, also before the first and after the last
@@ -168,6 +172,7 @@ TASKS = {
 IDLE = (
     ("perturb_every", 0, ("perturb_rate", "min_perturb_factor", "max_perturb_factor", "perturb_fixed_factor",
                           "perturb_target", "perturb_scope")),
+    ("perturb_scope", "actor", ("perturb_target",)),
     ("target_lambda", 0, ("lambda_type", "lambda_temperature", "expectile")),
     ("lambda_type", "constant", ("lambda_temperature",)),
     ("stddev_type", "drqv2", ("dormant_temperature",)),
@@ -252,18 +257,19 @@ def episode_seed(*numbers: int) -> int:
 
 
 class Film(gymnasium.vector.VectorWrapper):
-    """Environments that remember what the first of them has shown since the last reset: frames, a list of (height,
-    width, 3) uint8."""
+    """Environments that remember the latest episode of the first one: frames, a list of (height, width, 3) uint8."""
 
     def reset(self, **options):
         obs, info = self.env.reset(**options)
-        self.frames = [obs[0].transpose(1, 2, 0).copy()]
+        self.frames, self.over = [obs[0].transpose(1, 2, 0).copy()], False
         return obs, info
 
     def step(self, action):
-        obs, *result = self.env.step(action)
-        self.frames.append(obs[0].transpose(1, 2, 0).copy())
-        return obs, *result
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if not self.over:
+            self.frames.append(obs[0].transpose(1, 2, 0).copy())
+        self.over |= bool(terminated[0] or truncated[0])
+        return obs, reward, terminated, truncated, info
 
 
 # === Replay buffer ====================================================================================================
@@ -536,8 +542,8 @@ def exploration_std(beta, step, awaken_step, args) -> torch.Tensor:
     linear = (args.stddev_start + progress * (args.stddev_end - args.stddev_start)).float()
     if args.stddev_type == "drqv2":
         return linear
-    asleep = torch.isinf(awaken_step) if args.stddev_type == "awake" else torch.zeros_like(linear, dtype=torch.bool)
-    return torch.where(asleep, sigmoid, torch.maximum(sigmoid, linear))
+    larger = torch.maximum(sigmoid, linear)
+    return larger if args.stddev_type == "max" else torch.where(torch.isinf(awaken_step), sigmoid, larger)
 
 
 def perturb_factor(beta, args) -> torch.Tensor:
@@ -579,8 +585,12 @@ def forget_all(module, optimizers) -> None:
 
 @torch.no_grad()
 def perturb_networks(agent, optimizers, factor, args, generator) -> None:
-    """weights := factor * weights + (1 - factor) * newly drawn ones, in place, for the linear layers of all networks;
-    Adam starts anew for all of them, also for the encoder, which has no linear layer. factor 0-d."""
+    """weights := factor * weights + (1 - factor) * newly drawn ones, in place; factor 0-d. Adam starts anew.
+
+    Scope linear: the linear layers of all networks; Adam starts anew for the encoder too, which has none; actor: the
+    linear layers of the actor; all: all parameters, as the paper says.
+    """
+    kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm) if args.perturb_scope == "all" else nn.Linear
     names = ["actor"] if args.perturb_scope == "actor" else ["actor", "critic", "critic_target", "encoder", "value"]
     for name in names:
         if name == "critic":
@@ -589,10 +599,10 @@ def perturb_networks(agent, optimizers, factor, args, generator) -> None:
             generator.set_state(before_critic)
         network = getattr(agent, name)
         for layer in network.modules():
-            if isinstance(layer, nn.Linear) or args.perturb_scope == "all":
+            if isinstance(layer, kinds):
                 fresh = copy.deepcopy(layer)
                 draw_layer(fresh, generator)
-                for weight, new in zip(layer.parameters(recurse=False), fresh.parameters(recurse=False)):
+                for weight, new in zip(layer.parameters(), fresh.parameters()):
                     weight.copy_(factor * weight + (1 - factor) * new)
         if name != "critic_target":
             forget_all(network, optimizers)
@@ -686,17 +696,17 @@ def drm_update(agent, optimizers, batch, args) -> dict:
     """One gradient step of the value network, then of critic and encoder, of the actor and of the target, on a batch:
     obs, action, reward, discount, next_obs from the replay, augmented, and the step (0-d) -> metrics, detached, on the
     device. The agent's dormant ratio and step of awakening are updated first."""
-    (obs, action, reward, discount, next_obs, step) = batch
+    obs, action, reward, discount, next_obs, step = batch
     encoder_optimizer, actor_optimizer, critic_optimizer, value_optimizer = optimizers
     autocast = partial(torch.autocast, obs.device.type, torch.bfloat16, args.amp)
     with autocast():
         features, encoder_active = agent.encoder(obs)
         q1, q2, critic_active = agent.critic(features, action)
-    metrics, still = {}, features.detach()
+    metrics, detached = {}, features.detach()
 
     # What steers: beta of this batch, the awakening, the noise
     with torch.no_grad(), autocast():  # a region of its own: weights that it casts carry no gradient
-        beta, layers = dormant_ratio(agent.actor, still, args.dormant_tau, args.dormant_strict)
+        beta, layers = dormant_ratio(agent.actor, detached, args.dormant_tau, args.dormant_strict)
         next_features, _ = agent.encoder(next_obs)
     agent.dormant_ratio.copy_(beta)
     agent.awaken_step.copy_(awakening(agent.awaken_step, beta, step, args))
@@ -705,7 +715,7 @@ def drm_update(agent, optimizers, batch, args) -> dict:
     # The value network learns from the critic as it is
     if args.target_lambda:
         with autocast():
-            value, value_active = agent.value(still)
+            value, value_active = agent.value(detached)
         value_loss = expectile_loss(value, torch.minimum(q1, q2), args.expectile)
         value_optimizer.zero_grad()
         value_loss.backward()
@@ -716,7 +726,6 @@ def drm_update(agent, optimizers, batch, args) -> dict:
         next_action = truncated_normal(agent.actor(next_features)[0], std, args.stddev_clip)
         target_q1, target_q2, _ = agent.critic_target(next_features, next_action)
         target_q = torch.minimum(target_q1, target_q2)
-        target = reward + discount * target_q
         if args.target_lambda:
             share = exploitation_lambda(beta, args)
             target = mixed_target(reward, discount, agent.value(next_features)[0], target_q, share)
@@ -724,6 +733,8 @@ def drm_update(agent, optimizers, batch, args) -> dict:
                 "drm/lambda": share, "losses/value": value_loss.detach(), "losses/v_values": value.detach().mean(),
                 "plasticity/fau/value": fau(value_active),
             }  # fmt: skip
+        else:
+            target = reward + discount * target_q
     critic_loss = F.mse_loss(q1, target) + F.mse_loss(q2, target)
     encoder_optimizer.zero_grad()
     critic_optimizer.zero_grad()
@@ -736,8 +747,8 @@ def drm_update(agent, optimizers, batch, args) -> dict:
     for weight in critic_weights:
         weight.requires_grad_(False)
     with autocast():
-        mean, actor_active = agent.actor(still)
-        actor_q1, actor_q2, _ = agent.critic(still, truncated_normal(mean, std, args.stddev_clip))
+        mean, actor_active = agent.actor(detached)
+        actor_q1, actor_q2, _ = agent.critic(detached, truncated_normal(mean, std, args.stddev_clip))
     actor_loss = -torch.minimum(actor_q1, actor_q2).mean()
     actor_optimizer.zero_grad()
     actor_loss.backward()
@@ -894,7 +905,8 @@ def resolve_args(args: Args) -> Args:
         f"must be more than --learning-starts {args.learning_starts}":
             ["total_timesteps"] * (args.total_timesteps <= args.learning_starts),
         f"must be less than --total-timesteps {args.total_timesteps}":
-            ["perturb_every"] * ("perturb_every" in given and args.perturb_every >= args.total_timesteps),
+            ["perturb_every"] * bool(
+                "perturb_every" in given and args.perturb_every >= args.total_timesteps and not args.resume),
         "must not contain /": ["exp_name"] * ("/" in args.exp_name),
         "torch sees no such device here": [n for n in ("device", "buffer_device") if missing.get(value[n])],
         f"needs --device cuda, not {args.device}": ["cudagraphs"] * (args.cudagraphs and args.device != "cuda"),
@@ -1095,7 +1107,7 @@ def train(args: Args) -> Path:
     start_time, captured, stop = time.time(), None, []
     first_step = timer_step = global_step
     timer, paused = time.time(), 0.0  # for the speed since the last log
-    clock = torch.float32 if device.type == "mps" else torch.float64  # of the noise's schedule; MPS has no float64
+    clock = torch.float32 if device.type == "mps" else torch.float64  # as Python's numbers; MPS has none
     if args.compile:  # once per batch size and kind of gradient
         torch._dynamo.config.recompile_limit = 64
         for module in (agent.encoder, agent.actor, agent.critic, agent.critic_target, agent.value):
@@ -1187,7 +1199,8 @@ def train(args: Args) -> Path:
 
         # Perturb, by the dormant ratio of the last gradient step
         events, learning = {}, global_step >= learning_from
-        if learning and args.perturb_every and global_step % args.perturb_every == 0:
+        due = args.perturb_every and global_step % args.perturb_every == 0
+        if due and global_step >= args.learning_starts:
             factor = perturb_factor(agent.dormant_ratio, args)
             perturb_networks(agent, optimizers, factor, args, rng["intervention"])
             events["plasticity/perturb_factor"] = factor

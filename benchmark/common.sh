@@ -88,6 +88,23 @@ ratio_tiers() { # the same for adaptive_rr.py, which must see some episodes of 5
     flags="$DRQ_SMOKE --total-timesteps 2000 --eval-every 2000 --rr-check-episodes 2 --rr-threshold 0.05"
 }
 
+# drm.py: the figures share their runs, drm-<scale>-<arm>; without its three mechanisms it is DrQ-v2
+DRM_OFF="--stddev-type drqv2 --perturb-every 0 --target-lambda 0"
+
+drm_tiers() { # drm_tiers "TASKS at paper scale" [TASK at small scale]: sets seeds, envs and flags for this SCALE
+  local tasks=$1
+  case $SCALE in
+    smoke)
+      seeds=1 tasks=hopper-hop
+      flags="$DRQ_SMOKE --total-timesteps 300 --eval-every 300 --perturb-every 100 --plasticity-every 100
+        --plasticity-batch-size 64"
+      ;;
+    small) seeds=1 tasks=${2:-hopper-hop} flags="--total-timesteps 200000 --eval-every 10000 --eval-episodes 5" ;;
+    paper) seeds="1 2 3 4" flags="" ;;
+  esac
+  envs=$(printf "dm_control/%s-v0 " $tasks)
+}
+
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
   local script=$1 env=$2 exp=$3 seed=$4 dir
   local folder="${env//\//-}__${exp}__${seed}"

@@ -5,9 +5,9 @@
 
 KIND is curves (a row of panels per task, a column per tag, a line per arm), bars (the last returns, and the curves of
 the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations), a whole tag of
-"charts/", or what follows "plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95% bootstrap
-intervals over seeds; stars are values read from the paper's figures. Each figure is written as PNG with the CSV behind
-it.
+"charts/" or "drm/", or what follows "plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95%
+bootstrap intervals over seeds; stars are values read from the paper's figures. Each figure is written as PNG with the
+CSV behind it.
 """
 
 import argparse
@@ -71,13 +71,14 @@ def select(runs, envs, arms) -> list:
 
 
 def full_tag(tag: str) -> str:
-    if tag.startswith("charts/"):
+    if tag.startswith(("charts/", "drm/")):
         return tag
     return "eval/episodic_return" if tag == "return" else f"plasticity/{tag}"
 
 
 def label_of(tag: str) -> str:
-    return tag.replace("fau/", "fraction of active units, ").replace("_", " ").replace("/", ", ")
+    tag = tag.replace("fau/", "fraction of active units, ").replace("drm/", "DrM's ")
+    return tag.replace("_", " ").replace("/", ", ")
 
 
 def draw_curves(axis, runs, tag, arms, every_seed=False) -> list:
@@ -106,7 +107,7 @@ def draw_curves(axis, runs, tag, arms, every_seed=False) -> list:
     return rows
 
 
-def curves(runs, arms, tags, out, every_seed=False) -> None:
+def curves(runs, arms, tags, out, every_seed=False, note=NOTE) -> None:
     tasks = group(runs, lambda run: run.args["env_id"])
     columns = len(tags) if len(tags) > 1 else min(3, len(tasks))
     figure, axes = panels(len(tasks) * len(tags), columns=min(4, columns))
@@ -114,7 +115,7 @@ def curves(runs, arms, tags, out, every_seed=False) -> None:
     for i, members in enumerate(tasks.values()):
         for j, tag in enumerate(tags):
             rows += draw_curves(axes[i * len(tags) + j], members, tag, arms, every_seed)
-    save(figure, rows, out, NOTE)
+    save(figure, rows, out, note)
 
 
 def bars(runs, arms, tags, out) -> None:

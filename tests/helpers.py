@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import adaptive_rr
 import crl_deep
+import drm
 import drqv2_plasticity
 import redo_dqn_atari
 
@@ -26,8 +27,9 @@ ADAPTIVE = (
     "--exploration-steps 30 --total-timesteps 120 --stddev-steps 100 --eval-every 60 --eval-episodes 2 --log-every 20"
 ).split()
 PIXELS = [*ADAPTIVE, "--plasticity-every", "40", "--plasticity-batch-size", "8"]
+DRM = [*PIXELS, "--max-perturb-factor", "0.9", "--perturb-every", "50"]
 TINY = {  # script -> flags
-    crl_deep: POINT, redo_dqn_atari: ATARI, drqv2_plasticity: PIXELS, adaptive_rr: ADAPTIVE,
+    crl_deep: POINT, redo_dqn_atari: ATARI, drqv2_plasticity: PIXELS, adaptive_rr: ADAPTIVE, drm: DRM,
 }  # fmt: skip
 
 

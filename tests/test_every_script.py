@@ -17,6 +17,7 @@ from helpers import TINY, assert_same, checkpoint, run, scalars, wait_for
 
 import adaptive_rr as rr
 import crl_deep as crl
+import drm
 import drqv2_plasticity as drq
 import redo_dqn_atari as redo
 
@@ -25,6 +26,7 @@ ENDLESS = {
     crl: ["--total-timesteps", "10000000", "--buffer-size", "4000"], redo: ["--total-timesteps", "10000000"],
     drq: ["--total-timesteps", "10000000", "--buffer-size", "4000"],
     rr: ["--total-timesteps", "10000000", "--buffer-size", "4000"],
+    drm: ["--total-timesteps", "10000000", "--buffer-size", "4000"],
 }  # fmt: skip
 RESUMED_STEPS = 80  # a whole number of training steps of every script
 
@@ -98,7 +100,7 @@ def test_resume_of_what_is_no_run_of_this_script(script, flags, capsys):
     checkpoint_file, args_file = part / "checkpoint.pt", part / "args.json"
     whole = checkpoint_file.read_bytes()
     for content, saved, more, message in (
-        (json.dumps(description | {"script": "drm"}), whole, [], "is a run of another script (drm)"),
+        (json.dumps(description | {"script": "other"}), whole, [], "is a run of another script (other)"),
         ("{", whole, [], "has an args.json that this version cannot read"),
         (json.dumps(description | {"args": {"old_flag": 1}}), whole, [], "has an args.json that this version cannot"),
         (json.dumps(description), whole[:1000], [], "has a checkpoint.pt that cannot be read"),
