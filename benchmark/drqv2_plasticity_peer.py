@@ -47,23 +47,65 @@ def make_ours(official, action_dim, device, **options) -> tuple:
     return agent, drq.drqv2_optimizers(agent, args, torch.device(device)), args
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("official", help="a clone of facebookresearch/drqv2")
+def compare(variants: dict, size: int, options) -> None:
+    """Times name -> step(), which returns what is compared (numbers), in turn; prints, and writes options.out.csv."""
+    seconds = {name: [] for name in variants}
+    for repeat in range(options.repeats + 1):
+        losses = {}
+        for name, step in variants.items():
+            torch.manual_seed(repeat)
+            start = time.perf_counter()
+            losses[name] = [float(x) for x in step()]
+            if repeat:  # the first one warms up
+                seconds[name].append(time.perf_counter() - start)
+        print(f"step {repeat}:", {k: [f"{x:.5f}" for x in v] for k, v in losses.items()}, flush=True)
+    rows = []
+    for name, times in seconds.items():
+        ratios = np.array(seconds["official"]) / times
+        rows.append({"variant": name, "seconds": np.median(times), "fastest": min(times), "slowest": max(times),
+                     "ratio": np.median(ratios),
+                     "lowest ratio": min(ratios), "highest ratio": max(ratios)})  # fmt: skip
+    hardware = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{hardware}, torch {torch.__version__}, batch {size}, {options.repeats} repeats in turn; medians")
+    for row in rows:
+        print(f"{row['variant']:26s} {row['seconds']:.4f} s   {row['ratio']:.2f} times the official speed "
+              f"({row['lowest ratio']:.2f} to {row['highest ratio']:.2f})")  # fmt: skip
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{options.out}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.4g}" if not isinstance(v, str) else v for k, v in row.items()} for row in rows)
+
+
+def parse(description: str, what: str):
+    """The command line of a comparison with a clone of the official repository."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("official", help=f"a clone of {what}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", help="write <out>.csv")
-    options = parser.parse_args()
-    device, size, action_dim = options.device, options.batch_size, 6
-    torch.manual_seed(0)
-    official = load_official(options.official, action_dim, device)
+    return parser.parse_args()
+
+
+def random_batch(size: int, action_dim: int, device: str) -> tuple:
+    """A batch as the official loader gives it, NumPy arrays, and the same as tensors: obs, action, reward, discount,
+    next_obs; reward and discount (batch, 1)."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, size, 9, 84, 84), dtype=np.uint8)
     action = rng.uniform(-1, 1, (size, action_dim)).astype(np.float32)
     reward, discount = rng.uniform(size=(size, 1)).astype(np.float32), np.full((size, 1), 0.970299, np.float32)
     arrays = [images[0], action, reward, discount, images[1]]
-    obs, action, reward, discount, next_obs = (torch.from_numpy(x).to(device) for x in arrays)
+    return arrays, [torch.from_numpy(x).to(device) for x in arrays]
+
+
+def main() -> None:
+    options = parse(__doc__, "facebookresearch/drqv2")
+    device, size, action_dim = options.device, options.batch_size, 6
+    torch.manual_seed(0)
+    official = load_official(options.official, action_dim, device)
+    arrays, (obs, action, reward, discount, next_obs) = random_batch(size, action_dim, device)
 
     def official_step():
         metrics = official.update(iter([arrays]), 0)
@@ -87,33 +129,7 @@ def main() -> None:
     if device == "cuda":
         variants["ours, float32, captured"] = prepared(True, cudagraphs=True)
         variants["ours, bfloat16, captured"] = prepared(True, cudagraphs=True, amp=True)
-    seconds = {name: [] for name in variants}
-    for repeat in range(options.repeats + 1):
-        losses = {}
-        for name, step in variants.items():
-            torch.manual_seed(repeat)
-            start = time.perf_counter()
-            losses[name] = [float(x) for x in step()]
-            if repeat:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-        print(f"step {repeat}: critic and actor loss", {k: [f"{x:.5f}" for x in v] for k, v in losses.items()})
-    rows = []
-    for name, times in seconds.items():
-        ratios = np.array(seconds["official"]) / times
-        rows.append({"variant": name, "seconds": np.median(times), "fastest": min(times), "slowest": max(times),
-                     "ratio": np.median(ratios),
-                     "lowest ratio": min(ratios), "highest ratio": max(ratios)})  # fmt: skip
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{hardware}, torch {torch.__version__}, batch {size}, {options.repeats} repeats in turn; medians")
-    for row in rows:
-        print(f"{row['variant']:26s} {row['seconds']:.4f} s   {row['ratio']:.2f} times the official speed "
-              f"({row['lowest ratio']:.2f} to {row['highest ratio']:.2f})")  # fmt: skip
-    if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{options.out}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: f"{v:.4g}" if not isinstance(v, str) else v for k, v in row.items()} for row in rows)
+    compare(variants, size, options)
 
 
 if __name__ == "__main__":

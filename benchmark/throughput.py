@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import crl_deep as crl
+import drm
 import drqv2_plasticity as drq
 import redo_dqn_atari as redo
 
@@ -121,35 +122,42 @@ def measure_td_update(network, variant, options) -> dict:
     return update_row(what, variant, timed(work, options.repeats, options.device), steps, options.device)
 
 
-def measure_drqv2_update(batch_size, variant, options) -> dict:
-    """drqv2_plasticity.drqv2_update on a walker's dimensions, sampling and augmentation included."""
+def measure_pixel_update(script, batch_size, variant, options) -> dict:
+    """drqv2_plasticity.drqv2_update (adaptive_rr.py has the same) or drm.drm_update on a walker's dimensions, sampling
+    and augmentation included."""
     device = torch.device(options.device)
-    args = drq.Args(learning_rate=1e-4, feature_dim=50, **VARIANTS[variant])
-    agent = drq.DrQv2Agent(6, args).to(device, memory_format=torch.channels_last)
+    if script == "drm":
+        args, update, agent = drm.Args(**drm.MEDIUM, **VARIANTS[variant]), drm.drm_update, drm.DrMAgent
+        optimizers, clock = drm.drm_optimizers, torch.full((), 3000, dtype=torch.float64, device=device)
+    else:
+        args = drq.Args(learning_rate=1e-4, feature_dim=50, **VARIANTS[variant])
+        update, agent, optimizers = drq.drqv2_update, drq.DrQv2Agent, drq.drqv2_optimizers
+        clock = torch.full((), 0.5, device=device)
+    agent = agent(6, args).to(device, memory_format=torch.channels_last)
     if args.compile:
-        for module in (agent.encoder, agent.actor, agent.critic, agent.critic_target):
+        for module in agent.children():
             module.compile(dynamic=False)
-    optimizers = drq.drqv2_optimizers(agent, args, device)
+    optimizers = optimizers(agent, args, device)
     replay, generator = drq.PixelReplay(2000, 6, device), torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)
     replay.add_first(np.zeros((3, 84, 84), np.uint8))
     for _ in range(1000):
         replay.add(np.zeros(6, np.float32), 1.0, False, rng.integers(256, size=(3, 84, 84), dtype=np.uint8))
-    steps, stddev = max(3, options.work // 100), torch.full((), 0.5, device=device)
+    steps = max(3, options.work // 100)
 
     def next_batch():
         obs, *others, next_obs = replay.sample(batch_size, generator)
-        return [drq.random_shift(obs, 4), *others, drq.random_shift(next_obs, 4), stddev]
+        return [drq.random_shift(obs, 4), *others, drq.random_shift(next_obs, 4), clock]
 
-    step = partial(drq.drqv2_update, agent, optimizers, args=args)
+    step = partial(update, agent, optimizers, args=args)
     if args.cudagraphs:
-        step = drq.capture_update(drq.drqv2_update, agent, optimizers, next_batch(), args)
+        step = drq.capture_update(update, agent, optimizers, next_batch(), args)
 
     def work():
         for _ in range(steps):
             step(next_batch())
 
-    what = f"drqv2_plasticity, batch {batch_size}"
+    what = f"{script}, batch {batch_size}"
     return update_row(what, variant, timed(work, options.repeats, options.device), steps, options.device)
 
 
@@ -216,7 +224,7 @@ def steps_row(what, variant, seconds, steps, num_envs) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    scripts = ["crl_deep", "redo_dqn_atari", "drqv2_plasticity"]
+    scripts = ["crl_deep", "redo_dqn_atari", "drqv2_plasticity", "drm"]
     parser.add_argument("--scripts", nargs="*", choices=scripts, default=scripts)
     parser.add_argument("--depths", type=int, nargs="*", default=[4, 16, 64, 256])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="default: all (CUDA graphs: on a GPU only)")
@@ -230,7 +238,7 @@ def main() -> None:
         "--work",
         type=int,
         default=400,
-        help="a repeat does this / depth (crl_deep), / 4 (redo) or / 100 (drqv2) gradient steps, at least 3",
+        help="a repeat does this / depth (crl_deep), / 4 (redo) or / 100 (drqv2, drm) gradient steps, at least 3",
     )
     parser.add_argument("--out", help="write <out>.csv")
     options = parser.parse_args()
@@ -244,8 +252,9 @@ def main() -> None:
         jobs += [(measure_td_update, network, variant) for network in NETWORKS for variant in variants]
         jobs += [(measure_game, env_id, n) for env_id in options.games for n in (1, 8)]
     if "drqv2_plasticity" in options.scripts:
-        jobs += [(measure_drqv2_update, batch_size, variant) for batch_size in (256, 512) for variant in variants]
         jobs += [(measure_pixels, env_id) for env_id in options.tasks]
+    for script in [script for script in ("drqv2_plasticity", "drm") if script in options.scripts]:
+        jobs += [(measure_pixel_update, script, size, variant) for size in (256, 512) for variant in variants]
     hardware = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(f"{hardware}, {os.cpu_count()} cores, torch {torch.__version__}\n", flush=True)
     rows = []
