@@ -1,12 +1,13 @@
-# Sourced by every sweep:   SCALE=smoke|small|paper [JOBS=n] [EXTRA="more flags"] bash benchmark/<sweep>.sh [--dry-run]
+# Sourced by every sweep:   SCALE=smoke|small|paper [WORKERS=n] [EXTRA="flags"] bash benchmark/<sweep>.sh [--dry-run]
 #   SCALE  smoke: a CPU, minutes, checks the plumbing only; small: one GPU, about an hour; paper: the paper's own size
-#   JOBS   runs side by side (default 1)        EXTRA  flags for every new run, for instance --cudagraphs
-#   OUT    folder of the figure and its CSV (default runs/figures)
-# A run that is finished is skipped, one that was cut off is resumed; each has a log under runs/logs/. The exit code is 1
-# when any run failed. --dry-run prints the commands.
+#   WORKERS  runs side by side (default 1)      EXTRA  flags for every new run, for instance --cudagraphs
+#   OUT      folder of the figure and its CSV (default runs/figures)
+# A run that is finished is skipped, one that was cut off is resumed; each has a log under runs/logs/. At the end stands
+# how many runs there were and which failed; the exit code is 1 when any did. --dry-run prints the commands.
+# On a cluster: benchmark/slurm.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-SCALE=${SCALE:-smoke} JOBS=${JOBS:-1} EXTRA=${EXTRA:-} OUT=${OUT:-runs/figures} DRY_RUN=""
+SCALE=${SCALE:-smoke} WORKERS=${WORKERS:-1} EXTRA=${EXTRA:-} OUT=${OUT:-runs/figures} DRY_RUN=""
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
 name=$(basename "$0" .sh)
 case "${1:-}" in
@@ -18,7 +19,7 @@ case "$SCALE" in
   smoke | small | paper) ;;
   *) echo "$name: error: SCALE=$SCALE is none of smoke, small, paper" >&2; exit 2 ;;
 esac
-failures=$(mktemp)
+runs=0 skipped=0 failures=$(mktemp)
 trap 'rm -f "$failures"' EXIT
 
 # Tiny runs of the point mass, for SCALE=smoke (in the room they learn a little)
@@ -110,9 +111,11 @@ run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
   local folder="${env//\//-}__${exp}__${seed}"
   local log="runs/logs/$folder.log"
   shift 4
+  runs=$((runs + 1))
   local command=(python "$script" --env-id "$env" --exp-name "$exp" --seed "$seed" "$@" $EXTRA)
   for dir in runs/"$folder"__*/; do
     if [ -e "${dir}summary.json" ]; then
+      skipped=$((skipped + 1))
       echo "finished: $dir"
       return
     elif [ -e "${dir}checkpoint.pt" ]; then
@@ -122,7 +125,7 @@ run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
   echo "${command[*]}"
   [ -z "$DRY_RUN" ] || return 0
   mkdir -p runs/logs
-  while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
+  while [ "$(jobs -rp | wc -l)" -ge "$WORKERS" ]; do wait -n || true; done
   { "${command[@]}" >>"$log" 2>&1 || { echo "FAILED: see $log" | tee -a "$failures" >&2; }; } &
 }
 
@@ -139,6 +142,10 @@ sweep() { # sweep SCRIPT NAME "ENV_IDS" "SEEDS" [flags ...] < variants, one a li
 draw() { # draw SCRIPT [arguments ...]: waits for the runs, then makes the figure and its CSV, $OUT/<sweep>_<scale>
   wait
   echo python "$@" --out "$OUT/${name}_$SCALE"
-  [ -n "$DRY_RUN" ] || python "$@" --out "$OUT/${name}_$SCALE"
-  [ ! -s "$failures" ] || { echo "$name: $(wc -l <"$failures") runs failed" >&2; exit 1; }
+  [ -z "$DRY_RUN" ] || return 0
+  python "$@" --out "$OUT/${name}_$SCALE" || echo "FAILED: the figure" >>"$failures"
+  local failed
+  failed=$(grep -c "see runs" "$failures" || true)
+  echo "$name: of $runs runs $skipped were finished before, $((runs - skipped - failed)) are now, $failed failed"
+  [ ! -s "$failures" ] || { cat "$failures" >&2; exit 1; }
 }

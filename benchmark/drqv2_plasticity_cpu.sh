@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Ours: Cartpole Balance with and without augmentation on a CPU: 20,000 steps (40,000 frames), batches of 64 instead of 256,
-# bfloat16. SCALE=small: with JOBS=2 OMP_NUM_THREADS=1 on two cores about an hour. paper: 3 seeds.
+# bfloat16. SCALE=small: with WORKERS=2 OMP_NUM_THREADS=1 on two cores about an hour. paper: 3 seeds.
 source "$(dirname "$0")/common.sh"
 
 envs=dm_control/cartpole-balance-v0 seeds=1

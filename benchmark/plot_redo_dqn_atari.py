@@ -2,10 +2,11 @@
 
     python benchmark/plot_redo_dqn_atari.py fig1 --runs "redo_fig1-smoke-*" --out runs/figures/fig1
 
-FIGURE is fig1, fig2, fig5, fig7, fig9, fig10a, fig10b, fig10c, fig11, fig12, fig13, fig21, fig24, adam or cpu. Each is
-written as PNG with the CSV behind it. Returns are those of evaluations; aggregates are interquartile means (IQM) of
-human-normalised scores over runs x games, with 95% stratified bootstrap intervals; other bands are 95% bootstrap
-intervals over seeds. Stars are the paper's numbers, where it ends. A run's line is named by the end of its --exp-name.
+FIGURE is fig1, fig2, fig5, fig7, fig9, fig10a, fig10b, fig10c, fig11, fig12, fig13, fig16, fig21, fig24, table7, adam
+or cpu. Each is written as PNG with the CSV behind it. Returns are those of evaluations; aggregates are interquartile
+means (IQM) of human-normalised scores over runs x games, with 95% stratified bootstrap intervals; other bands are 95%
+bootstrap intervals over seeds. Stars are the paper's numbers, where it ends. A run's line is named by the end of its
+--exp-name.
 """
 
 import argparse
@@ -43,6 +44,7 @@ PAPER_FIG10 = {
 PAPER_FIG11 = {"dqn": 0.30, "redo": 0.625}, {"dqn": 0.47, "dqn-lr4": 0.40, "redo": 0.10}
 PAPER_FIG12 = ({"x1-dqn": 0.30, "x2-dqn": 0.375, "x4-dqn": 0.33, "x1-redo": 0.625, "x2-redo": 0.695, "x4-redo": 0.71},
                {"x1-dqn": 0.47, "x2-dqn": 0.52, "x4-dqn": 0.55, "x1-redo": 0.115})  # fmt: skip
+PAPER_TABLE7 = {"dqn": 449.2, "redo": 470.8}
 PAPER_FIG13 = {"dqn": 690, "redo": 4580, "reset": 2950, "weight-decay": 1210}
 
 
@@ -191,8 +193,15 @@ FIGURES = {
     "fig11": lambda runs, out: headline(runs, out, PAPER_FIG11[0], DORMANT.format(0.1), PAPER_FIG11[1]),
     "fig12": lambda runs, out: headline(runs, out, PAPER_FIG12[0], DORMANT.format(0.1), PAPER_FIG12[1]),
     "fig13": lambda runs, out: headline(runs, out, PAPER_FIG1, RETURN, PAPER_FIG13),
+    "fig16": lambda runs, out: curves(runs, out, [DORMANT.format(0), RETURN]),
     "fig21": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), DORMANT.format(0.1)]),
     "fig24": lambda runs, out: curves(runs, out, [DORMANT.format(0.1)]),
+    "table7": lambda runs, out: curves(
+        [run for run in runs if arm(run) in PAPER_TABLE7 and run.args["env_id"] == "ALE/DemonAttack-v5"],
+        out,
+        [RANK],
+        [PAPER_TABLE7],
+    ),
     "adam": lambda runs, out: curves(runs, out, [DORMANT.format(0.1), DORMANT.format(0), RETURN]),
     "cpu": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RANK, RETURN]),
 }

@@ -1,4 +1,5 @@
-"""Speed and memory of the scripts: gradient steps per second by network and variant, env steps per second.
+"""Speed and memory of the scripts: gradient steps per second by network and variant, environment steps per second, and
+agent steps per second of whole runs.
 
     python benchmark/throughput.py --out runs/figures/throughput            (CPU: 5 minutes; --help for smaller parts)
     python benchmark/throughput.py --scripts redo_dqn_atari                 (one script alone)
@@ -14,6 +15,7 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -21,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from plotting import load_runs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import adaptive_rr as rr
 import crl_deep as crl
 import drm
 import drqv2_plasticity as drq
@@ -179,6 +183,35 @@ def measure_pixels(env_id, options) -> dict:
     return row
 
 
+# Whole runs, mostly of learning, with the paper's networks, batches and replay ratio (crl_deep: the laptop's point
+# mass): module, steps per unit of --work, steps before learning, flags
+NEVER = "1000000000"
+PIXEL_RUN = f"""--env-id dm_control/quadruped-run-v0 --learning-starts 300 --exploration-steps 300 --batch-size 256
+    --buffer-size 5000 --eval-every {NEVER} --eval-episodes 1 --log-every 20 --no-checkpoint-replay"""
+RUNS = {
+    "crl_deep": (crl, 8, 100_000, f"--eval-every {NEVER} --eval-episodes 8"),
+    "redo_dqn_atari": (redo, 5, 1000, f"--learning-starts 1000 --buffer-size 5000 --eval-every {NEVER} --eval-steps 1 "
+                       f"--eval-envs 1 --dormant-every {NEVER} --log-every 50 --no-checkpoint-replay"),
+    "drqv2_plasticity": (drq, 1, 300, f"{PIXEL_RUN} --plasticity-every {NEVER}"),
+    "adaptive_rr": (rr, 1, 300, f"{PIXEL_RUN} --rr-mode static"),
+    "drm": (drm, 1, 300, f"{PIXEL_RUN} --plasticity-every {NEVER}"),
+}  # fmt: skip
+
+
+def measure_run(script, variant, options) -> dict:
+    """A whole run of a script, environment and learner side by side: its own charts/SPS, warm-up and compilation
+    excluded."""
+    module, scale, start, flags = RUNS[script]
+    flags += f" --total-timesteps {start + scale * max(60, options.work)} --device {options.device}"
+    flags += "".join(f" --{name}" for name in VARIANTS[variant])
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        module.train(module.parse_args(flags.split()))
+        rates = load_runs("*")[0].series("charts/SPS")[1]
+        os.chdir("/")
+    return update_row(f"{script}, whole run", variant, 1 / rates, 1, options.device) | dict(unit="agent steps/s")
+
+
 def measure_game(env_id, num_envs, options) -> dict:
     """Random actions in Atari games, resets included."""
     args = redo.resolve_args(redo.Args(env_id=env_id))
@@ -224,7 +257,7 @@ def steps_row(what, variant, seconds, steps, num_envs) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    scripts = ["crl_deep", "redo_dqn_atari", "drqv2_plasticity", "drm"]
+    scripts = list(RUNS)
     parser.add_argument("--scripts", nargs="*", choices=scripts, default=scripts)
     parser.add_argument("--depths", type=int, nargs="*", default=[4, 16, 64, 256])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="default: all (CUDA graphs: on a GPU only)")
@@ -255,6 +288,7 @@ def main() -> None:
         jobs += [(measure_pixels, env_id) for env_id in options.tasks]
     for script in [script for script in ("drqv2_plasticity", "drm") if script in options.scripts]:
         jobs += [(measure_pixel_update, script, size, variant) for size in (256, 512) for variant in variants]
+    jobs += [(measure_run, script, variant) for script in options.scripts for variant in variants]
     hardware = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(f"{hardware}, {os.cpu_count()} cores, torch {torch.__version__}\n", flush=True)
     rows = []

@@ -88,6 +88,21 @@ def test_iqm_and_stratified_bootstrap():
     assert [x.tolist() for x in plotting.stratified_bootstrap(one_seed, plotting.iqm)] == [[2], [2]]
 
 
+def test_iqm_is_that_of_rliable():
+    """Where rliable is installed (pip install rliable "arch<8")."""
+    library = pytest.importorskip("rliable.library")
+    metrics = pytest.importorskip("rliable.metrics")
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(5, 17)) ** 2  # runs x games
+    games = [scores[:, [i]] for i in range(17)]
+    assert plotting.iqm(games)[0] == pytest.approx(metrics.aggregate_iqm(scores))
+    _, intervals = library.get_interval_estimates(
+        {"ours": scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=20_000
+    )
+    ours = plotting.stratified_bootstrap(games, plotting.iqm, samples=20_000)
+    assert np.ravel(ours) == pytest.approx(intervals["ours"].ravel(), abs=0.02)
+
+
 def write_atari_run(game, name, seed, values, tag=plot_redo.RETURN, **changes):
     env_id = f"ALE/{game}-v5"
     write_run(name, seed, values, tag, 250_000, f"ALE-{game}-v5", env_id=env_id, action_repeat=4, **changes)
@@ -225,7 +240,7 @@ def test_a_sweep_from_command_to_picture(tmp_path):
     lines = [tiny if line.startswith("SMOKE=") else line for line in common.read_text().splitlines(keepends=True)]
     common.write_text("".join(lines))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "SCALE": "smoke", "JOBS": "2"}
+    environment = os.environ | {"PATH": path, "SCALE": "smoke", "WORKERS": "2"}
 
     def sweep():
         command = ["bash", "benchmark/crl_deep_fig9_value_map.sh"]
@@ -244,7 +259,9 @@ def test_a_sweep_from_command_to_picture(tmp_path):
     broken.unlink()
     (broken.parent / "checkpoint.pt").write_text("no checkpoint")
     again = sweep()
-    assert again.returncode == 1 and "1 runs failed" in again.stderr and "--resume" in again.stdout
+    assert again.returncode == 1 and "--resume" in again.stdout
+    assert again.stdout.endswith("of 2 runs 0 were finished before, 1 are now, 1 failed\n")
+    assert again.stderr.splitlines()[-1].startswith("FAILED: see runs/logs/point_u_maze__") or again.stderr
     assert cut_off.exists() and not broken.exists()
 
 

@@ -623,8 +623,8 @@ def test_a_run_learns(serial):
     """The dot finds the middle of the picture."""
     flags = [*DRM, "--total-timesteps", 1500, "--hidden-dim", 64, "--feature-dim", 16, "--batch-size", 32,
              "--learning-starts", 100, "--learning-rate", 1e-3, "--stddev-steps", 1000, "--eval-every", 10_000,
-             "--eval-episodes", 10, "--perturb-every", 500, "--target-dormant-ratio", 0.6,
-             "--replay-ratio", 1]  # fmt: skip
+             "--eval-episodes", 10, "--target-dormant-ratio", 0.6, "--replay-ratio", 1, "--perturb-every", 300,
+             "--perturb-fixed-factor", 0.95, "--max-perturb-factor", "None"]  # fmt: skip
     logged = scalars(run(*flags))["eval/episodic_return"]
     assert logged[1500] > logged[0] + 5, logged
 

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# A sweep as a Slurm array job, one task per run:
+#   SCALE=paper bash benchmark/slurm.sh benchmark/drm_fig6_hard.sh [--dry-run] [options of sbatch, as --gres=gpu:1 --time=1-0]
+# Two minutes before its time is up a run saves and stops. Call the same line again: it submits what is not finished, and
+# resumes what was cut off. When all are done, the sweep itself (SCALE=paper bash benchmark/drm_fig6_hard.sh) draws.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+sweep=${1:-}
+[ -f "$sweep" ] || { echo "slurm.sh: error: $sweep is not a sweep" >&2; exit 2; }
+shift
+[ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
+name=$(basename "$sweep" .sh)_${SCALE:-smoke}
+list=runs/slurm/$name.txt
+mkdir -p runs/slurm runs/logs
+bash "$sweep" --dry-run | grep -E "^python [a-z0-9_]+\.py " >"$list" || { echo "slurm.sh: all runs of $name are finished"; exit 0; }
+submit=(sbatch --array="1-$(wc -l <"$list")" --job-name="$name" --output="runs/logs/$name-%a.log" --signal=B:TERM@120)
+[ "${1:-}" != --dry-run ] || { shift; submit=(echo "${submit[@]}"); }
+"${submit[@]}" "$@" --wrap "exec \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list)"
