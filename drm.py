@@ -26,13 +26,13 @@ norm, the head before its tanh, as in the official code, where that follows from
 any unit would be dormant. A layer that is silent altogether counts as not dormant at all (0 < 0 is false); Sokar et
 al.'s definition, logged as plasticity/dormant_ratio_tau*, counts it whole. A newly drawn actor has a ratio well above 0
 (0.2 to 0.5, more where the pictures are alike): a perturbation pulls the ratio there, which may be up or down.
-Where paper and official code differ, this file follows the code, and a flag has the other one:
- a. The paper perturbs "all parameters", the code those of linear layers (--perturb-scope all). The encoder has none,
-    and yet its Adam state starts anew with all others.
- b. The definition counts a unit at the threshold, the code does not (--no-dormant-strict).
+Where the paper (as others report it) and the official code differ, this file follows the code; a flag has the other:
+ a. "All parameters" are perturbed; in the code those of linear layers (--perturb-scope all). The encoder has none, and
+    yet its Adam state starts anew with all others.
+ b. A unit at the threshold is dormant; in the code it is not (--no-dormant-strict).
  c. In the code the target critic gets a draw of its own, so that each perturbation drives it and the critic apart
     (--perturb-target same).
- d. By default alpha_max is 0.9 in the paper (as others report it); in the code it is 0.6 to 1 by task (TASKS).
+ d. By default alpha_max is 0.9; in the code it is 0.6 to 1 by task (TASKS).
 Where this differs from the official code (XuGW-Kevin/DrM), and why:
  1. Frames are stored once, in one ring on the GPU: 21 GB for 1M steps instead of 64 GB; a batch is drawn from all of
     it, also from the current episode, where officially 4 loaders each have a part and see new episodes late.

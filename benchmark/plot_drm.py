@@ -19,7 +19,7 @@ from moviepy import VideoFileClip
 from plotting import load_runs, save
 
 NOTE = ("Bands: 95% bootstrap intervals over seeds. Stars: DrQ-v2's published curves, means of up to 10 seeds "
-        "(its own n-step and batch on walker). Returns: evaluations.")  # fmt: skip
+        "(its own n-step and batch on walker). Returns: evaluations. Dotted: perturbations.")  # fmt: skip
 # DrQ-v2's published curves: task -> [(million frames, mean return)]
 DRQV2 = {
     "hopper-hop": [(0.5, 116), (1, 224), (2, 300), (2.98, 357)], "acrobot-swingup": [(2.98, 438)],
@@ -46,9 +46,9 @@ def film_steps(run, at: list, count: int = 6) -> list:
 def behaviour(runs, at: list, out) -> None:
     """Fig. 2: pictures of the first seed's evaluations above, dormant ratio and return of every seed below."""
     chosen, repeat = film_steps(runs[0], at), runs[0].action_repeat
-    figure = plt.figure(figsize=(1.35 * max(6, len(chosen)), 7))
-    films, panels = figure.add_gridspec(2, 1, height_ratios=(1.35, 1), hspace=0.1)
-    grid, rows = films.subgridspec(len(MOMENTS), len(chosen), wspace=0.04, hspace=0.04), []
+    figure = plt.figure(figsize=(1.35 * max(6, len(chosen)), 7), layout="constrained")
+    films, panels = figure.add_gridspec(2, 1, height_ratios=(1.35, 1))
+    grid, rows = films.subgridspec(len(MOMENTS), len(chosen)), []
     for column, step in enumerate(chosen):
         with VideoFileClip(str(runs[0].folder / "films" / f"{step}.mp4")) as film:
             for row, moment in enumerate(MOMENTS):
@@ -56,7 +56,7 @@ def behaviour(runs, at: list, out) -> None:
                 axis.imshow(film.get_frame(moment * film.duration))
                 axis.set(xticks=[], yticks=[], title=f"{step * repeat:,}" if row == 0 else "")
                 axis.spines[:].set_visible(False)
-    for panel, tag in zip(panels.subgridspec(1, 2, wspace=0.25), ("drm/dormant_ratio", "return")):
+    for panel, tag in zip(panels.subgridspec(1, 2), ("drm/dormant_ratio", "return")):
         axis = figure.add_subplot(panel)
         for i, run in enumerate(runs):
             frames, values = run.series(drq.full_tag(tag))
@@ -68,7 +68,7 @@ def behaviour(runs, at: list, out) -> None:
     axis.legend(frameon=False, fontsize=6)
     task = runs[0].args["env_id"].removeprefix("dm_control/").removesuffix("-v0")
     seed = runs[0].args["seed"]
-    figure.suptitle(f"{task}: what seed {seed} does after so many frames (evaluation, mean action)", y=0.95)
+    figure.suptitle(f"{task}: what seed {seed} does after so many frames (evaluation, mean action)")
     save(figure, rows, out, "Pictures: early, in the middle and late in one episode. Dotted: where they were taken.")
 
 

@@ -6,15 +6,17 @@
 KIND is curves (a row of panels per task, a column per tag, a line per arm), bars (the last returns, and the curves of
 the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations), a whole tag of
 "charts/" or "drm/", or what follows "plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95%
-bootstrap intervals over seeds; stars are values read from the paper's figures. Each figure is written as PNG with the
-CSV behind it.
+bootstrap intervals over seeds; stars are values read from the paper's figures, dotted lines resets, perturbations and
+injections. Each figure is written as PNG with the CSV behind it.
 """
 
 import argparse
 
 from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
 
-NOTE = "Bands: 95% bootstrap intervals over seeds. Stars: the paper, read from its figures. Returns: evaluations."
+NOTE = ("Bands: 95% bootstrap intervals over seeds. Stars: the paper, read from its figures. Returns: evaluations. "
+        "Dotted: resets, perturbations, injections.")  # fmt: skip
+EVENTS = ("plasticity/reset", "plasticity/perturb_factor", "plasticity/injection")
 FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
 WALKER, QUADRUPED, CHEETAH = (f"dm_control/{task}-run-v0" for task in ("walker", "quadruped", "cheetah"))
 
@@ -95,6 +97,9 @@ def draw_curves(axis, runs, tag, arms, every_seed=False) -> list:
                 dict(env_id=env_id, arm=name, tag=tag, seeds=len(part), seed=part[0].args["seed"] if every_seed else "",
                      frames=int(f), mean=m, low=lo, high=hi) for f, m, lo, hi in zip(frames, mean, low, high)
             ]  # fmt: skip
+        events = [frame for event in EVENTS for frame in seeds[0].series(event)[0]]
+        for frame in events if len(events) <= 20 else ():
+            axis.axvline(frame / 1e6, color=color, linestyle=":", linewidth=0.8)
         rows += [dict(env_id=env_id, arm=name, tag=tag, seeds="paper", seed="", frames=int(x * 1e6), mean=y, low="",
                       high="") for x, y in stars]  # fmt: skip
         end = max((row["frames"] for row in rows if row["seeds"] != "paper"), default=0) / 1e6

@@ -114,7 +114,8 @@ def panels(count: int, width: float = 3.4, height: float = 2.8, columns: int = 4
 def save(figure, rows: list, out: str, note: str = "") -> None:
     """Writes <out>.png with a note below, and the numbers behind it as <out>.csv (dicts with the same keys)."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    if not figure.get_constrained_layout():
+        figure.tight_layout()
     figure.text(0.01, -0.02, note, fontsize=6, color="0.4", va="top")
     figure.savefig(f"{out}.png")
     with open(f"{out}.csv", "w", newline="") as file:
