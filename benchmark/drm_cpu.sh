@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Ours: the dormant ratio and two perturbations on a CPU: Cartpole Balance, pictures of 48 x 48, heads of 256 units,
+# Ours: the dormant ratio and two perturbations (keeping at most 0.9 or 0.6 of the weights)
+# on a CPU: Cartpole Balance, pictures of 48 x 48, heads of 256 units,
 # batches of 64, a perturbation every 6000 steps instead of 100,000, 16,000 steps. SCALE=small: with WORKERS=2
 # OMP_NUM_THREADS=1 on two busy cores 22 minutes. paper: 3 seeds.
 source "$(dirname "$0")/common.sh"
@@ -13,7 +14,8 @@ fi
 [ "$SCALE" != paper ] || seeds="1 2 3"
 sweep drm.py drm_cpu "$envs" "$seeds" $flags < <(
   echo "drm --max-perturb-factor 0.9"
+  echo "drm-0.6 --max-perturb-factor 0.6"
   echo "drqv2 $DRM_OFF"
 )
-draw benchmark/plot_drm.py curves --runs "drm_cpu-$SCALE-*" --envs $envs --arms drm drqv2 \
+draw benchmark/plot_drm.py curves --runs "drm_cpu-$SCALE-*" --envs $envs --arms drm drm-0.6 drqv2 \
   --tags drm/dormant_ratio drm/stddev drm/lambda return

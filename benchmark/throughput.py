@@ -1,8 +1,8 @@
 """Speed and memory of the scripts: gradient steps per second by network and variant, environment steps per second, and
 agent steps per second of whole runs.
 
-    python benchmark/throughput.py --out runs/figures/throughput            (CPU: 5 minutes; --help for smaller parts)
-    python benchmark/throughput.py --scripts redo_dqn_atari                 (one script alone)
+    python benchmark/throughput.py --out runs/figures/throughput            (--help for smaller parts)
+    python benchmark/throughput.py --scripts drm --parts updates            (one script, its gradient steps alone)
 
 Every row runs in its own process: fixed work, warm-up and compilation excluded, device synchronised, the median of
 several repeats. Peak memory is the process's (CPU) or the allocator's (GPU). Prints one table and writes it as CSV.
@@ -259,6 +259,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     scripts = list(RUNS)
     parser.add_argument("--scripts", nargs="*", choices=scripts, default=scripts)
+    parts = ["updates", "environments", "runs"]
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--depths", type=int, nargs="*", default=[4, 16, 64, 256])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="default: all (CUDA graphs: on a GPU only)")
     env_ids = ["point_u_maze", "ant", "ant_u4_maze", "ant_hardest_maze", "humanoid", "humanoid_u_maze"]
@@ -271,24 +273,30 @@ def main() -> None:
         "--work",
         type=int,
         default=400,
-        help="a repeat does this / depth (crl_deep), / 4 (redo) or / 100 (drqv2, drm) gradient steps, at least 3",
+        help="a repeat does this / depth (crl_deep), / 4 (redo) or / 100 (drqv2, drm) gradient steps, at least 3; a "
+        "whole run this many steps or more",
     )
     parser.add_argument("--out", help="write <out>.csv")
     options = parser.parse_args()
     cuda = options.device == "cuda"
     variants = options.variants or [v for v in VARIANTS if cuda or "captured" not in v]
-    jobs = []
-    if "crl_deep" in options.scripts:
-        jobs += [(measure_update, depth, variant) for depth in options.depths for variant in variants]
-        jobs += [(measure_environment, env_id, n) for env_id in options.environments for n in options.num_envs]
-    if "redo_dqn_atari" in options.scripts:
-        jobs += [(measure_td_update, network, variant) for network in NETWORKS for variant in variants]
-        jobs += [(measure_game, env_id, n) for env_id in options.games for n in (1, 8)]
-    if "drqv2_plasticity" in options.scripts:
-        jobs += [(measure_pixels, env_id) for env_id in options.tasks]
-    for script in [script for script in ("drqv2_plasticity", "drm") if script in options.scripts]:
-        jobs += [(measure_pixel_update, script, size, variant) for size in (256, 512) for variant in variants]
-    jobs += [(measure_run, script, variant) for script in options.scripts for variant in variants]
+    scripts, jobs = options.scripts, {"updates": [], "environments": [], "runs": []}
+    if "crl_deep" in scripts:
+        jobs["updates"] += [(measure_update, depth, variant) for depth in options.depths for variant in variants]
+        jobs["environments"] += [(measure_environment, e, n) for e in options.environments for n in options.num_envs]
+    if "redo_dqn_atari" in scripts:
+        jobs["updates"] += [(measure_td_update, network, variant) for network in NETWORKS for variant in variants]
+        jobs["environments"] += [(measure_game, env_id, n) for env_id in options.games for n in (1, 8)]
+    for script in [
+        script for script in ("drqv2_plasticity", "drm") if script in scripts
+    ]:  # adaptive_rr's is the first's
+        jobs["updates"] += [
+            (measure_pixel_update, script, size, variant) for size in (256, 512) for variant in variants
+        ]
+    if {"drqv2_plasticity", "adaptive_rr", "drm"} & set(scripts):
+        jobs["environments"] += [(measure_pixels, env_id) for env_id in options.tasks]
+    jobs["runs"] += [(measure_run, script, variant) for script in scripts for variant in variants]
+    jobs = [job for part in options.parts for job in jobs[part]]
     hardware = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(f"{hardware}, {os.cpu_count()} cores, torch {torch.__version__}\n", flush=True)
     rows = []

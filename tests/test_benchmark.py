@@ -18,13 +18,16 @@ from torch.utils.tensorboard import SummaryWriter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import adaptive_rr_detector  # noqa: E402
+import drm_schedules  # noqa: E402
 import plot_adaptive_rr as plot_rr  # noqa: E402
 import plot_crl_deep  # noqa: E402
+import plot_drm  # noqa: E402
 import plot_drqv2_plasticity as plot_drq  # noqa: E402
 import plot_redo_dqn_atari as plot_redo  # noqa: E402
 import plotting  # noqa: E402
 
 import crl_deep  # noqa: E402
+import drm  # noqa: E402
 import drqv2_plasticity  # noqa: E402
 import redo_dqn_atari  # noqa: E402
 
@@ -209,6 +212,47 @@ def test_detectors_replayed_on_logged_runs():
         adaptive_rr_detector.draw(plotting.load_runs("rr-empty-*"), [2], [1], [0.1], "out")
 
 
+def test_behaviour_shows_the_films_of_the_chosen_steps(monkeypatch):
+    flags = [*helpers.DRM, "--capture-video", "--exp-name", "drm-smoke-film", "--eval-every", "30"]
+    run_dir = helpers.run(drm, *flags)
+    (run,) = plotting.load_runs("drm-smoke-film")
+    assert run.folder.resolve() == run_dir.resolve()
+    assert plot_drm.film_steps(run, []) == [0, 30, 60, 90, 120]
+    assert plot_drm.film_steps(run, [], count=3) == [0, 60, 120]
+    assert plot_drm.film_steps(run, [1, 70, 1000]) == [0, 60, 120]
+    plot_drm.behaviour([run], [0, 120], "out")
+    rows = read_csv("out.csv")
+    assert {row["tag"] for row in rows} == {"drm/dormant_ratio", "return"}
+    ratios = [float(row["value"]) for row in rows if row["tag"] == "drm/dormant_ratio"]
+    assert ratios == pytest.approx(list(run.series("drm/dormant_ratio")[1]), rel=1e-4)
+    assert Path("out.png").stat().st_size > 20_000
+    write_run("drm-smoke-nothing", 1, [0.0])
+    with pytest.raises(SystemExit, match="train with --capture-video"):
+        plot_drm.film_steps(plotting.load_runs("drm-smoke-nothing")[0], [])
+
+
+def test_dotted_lines_where_weights_were_perturbed(monkeypatch):
+    import matplotlib.axes
+
+    lines = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "axvline", lambda self, x, **style: lines.append(x))
+    pixel_run("augmentation", 1, [0.5, 0.4, 0.3])
+    write_scalars("runs/walker-run__drqv2-small-augmentation__1__0", plasticity__perturb_factor={50_001: 0.3, 9: 0.2})
+    plot_drq.curves(plotting.load_runs("drqv2-small-*"), ["augmentation"], ["fau/critic"], "out")
+    assert sorted(lines) == [18 / 1e6, 100_002 / 1e6]
+
+
+def test_schedules_of_the_dormant_ratio():
+    drm_schedules.draw(drm.Args(stddev_steps=500_000), "out")
+    rows = {(row["quantity"].split()[-1], row["curve"], float(row["dormant_ratio"])): float(row["value"])
+            for row in read_csv("out.csv")}  # fmt: skip
+    assert rows["sigma", "before awakening", 0.3] == pytest.approx(0.731059, abs=1e-5)
+    assert rows["sigma", "awake, 50% of the decay", 0.0] == pytest.approx(0.55)
+    assert rows["sigma", "awake, 100% of the decay", 0.1] == pytest.approx(0.268941, abs=1e-5)
+    assert rows["alpha", "at most 0.6", 0.0] == 0.6 and rows["alpha", "at most 1.0", 0.25] == 0.5
+    assert rows["lambda", "", 0.2] == pytest.approx(0.3) and len(rows) == 8 * 101
+
+
 def test_table_1_has_the_papers_numbers_beside_ours():
     options = dict(tag="eval/episodic_return", every=500_000, folder="cheetah-run", action_repeat=2)
     for seed, value in ((1, 700.0), (2, 800.0)):
@@ -263,6 +307,73 @@ def test_a_sweep_from_command_to_picture(tmp_path):
     assert again.stdout.endswith("of 2 runs 0 were finished before, 1 are now, 1 failed\n")
     assert again.stderr.splitlines()[-1].startswith("FAILED: see runs/logs/point_u_maze__") or again.stderr
     assert cut_off.exists() and not broken.exists()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """benchmark/ and the scripts in an empty folder, with every run made tiny: sweep(name, **environment) runs one."""
+    shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("results"))
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    common = tmp_path / "benchmark" / "common.sh"
+    text = common.read_text()
+    for old, new in (
+        ("dm_control/%s-v0", "pixel_env:%s-v0"), ("tasks=cartpole-balance", "tasks=Dot"),
+        ("tasks=hopper-hop", "tasks=Dot"), ("--image-size 36", "--image-size 24"),
+        ("--total-timesteps 2000 --eval-every 2000", "--total-timesteps 300 --eval-every 300"),
+        ("--total-timesteps 600", "--total-timesteps 300"), ("--eval-steps 100", "--eval-steps 10"),
+    ):  # fmt: skip
+        assert old in text, old
+        text = text.replace(old, new)
+    common.write_text(text)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def sweep(name, *arguments, **changes):
+        environment = os.environ | {"PATH": path, "SCALE": "smoke", "WORKERS": "2"} | changes
+        command = ["bash", f"benchmark/{name}.sh", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    return sweep
+
+
+@pytest.mark.parametrize("name, runs", [
+    ("redo_dqn_atari_fig9_redo", 2), ("drqv2_plasticity_fig3_fau", 2), ("adaptive_rr_fig9_returns", 3),
+    ("drm_fig2_hopper", 1),
+])  # fmt: skip
+def test_a_sweep_of_every_other_script(name, runs, checkout, tmp_path):
+    done = checkout(name)
+    assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in tmp_path.glob("runs/logs/*"))
+    assert f"of {runs} runs 0 were finished before, {runs} are now, 0 failed" in done.stdout
+    figure = tmp_path / "runs" / "figures" / f"{name}_smoke"
+    assert figure.with_suffix(".png").stat().st_size > 5000 and len(read_csv(figure.with_suffix(".csv"))) > 1
+
+
+def test_slurm_submits_what_is_not_finished(checkout, tmp_path):
+    """With an sbatch that runs its tasks at once, one after the other."""
+    stub = tmp_path / "stubs"
+    stub.mkdir()
+    (stub / "sbatch").write_text("""#!/bin/bash
+printf "%s\\n" "$@" > sbatch-arguments
+for argument in "$@"; do [[ $argument == --array=* ]] && array=${argument#--array=}; command=$argument; done
+for i in $(seq ${array%-*} ${array#*-}); do SLURM_ARRAY_TASK_ID=$i bash -c "$command"; done
+""")
+    (stub / "sbatch").chmod(0o755)
+    path = f"{stub}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    name = "benchmark/drqv2_plasticity_fig3_fau.sh"
+    first = checkout("slurm", name, "--time=1", PATH=path)
+    assert first.returncode == 0, first.stderr
+    submitted = (tmp_path / "sbatch-arguments").read_text().splitlines()
+    assert {"--array=1-2", "--time=1", "--signal=B:TERM@120"} <= set(submitted)
+    assert len(list(tmp_path.glob("runs/*/summary.json"))) == 2
+    assert "of 2 runs 2 were finished before" in checkout("drqv2_plasticity_fig3_fau").stdout
+    assert "all runs of drqv2_plasticity_fig3_fau_smoke are finished" in checkout("slurm", name, PATH=path).stdout
+    (cut_off,) = tmp_path.glob("runs/*plain*/summary.json")
+    cut_off.unlink()
+    printed = checkout("slurm", name, "--dry-run", PATH=path)
+    assert printed.stdout.startswith("sbatch --array=1-1 ") and not cut_off.exists()
+    checkout("slurm", name, PATH=path)
+    assert cut_off.exists()
+    assert checkout("slurm", "no-such-sweep.sh").returncode == 2
 
 
 def test_film(monkeypatch, capsys):

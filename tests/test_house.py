@@ -1,14 +1,17 @@
 """Rules that hold for every script and every sweep of the repository."""
 
 import ast
+import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -87,6 +90,50 @@ def test_sweeps_stand_in_the_figure_table(path):
 def test_readmes_name_only_files_that_exist():
     for name in re.findall(r"(?:bash|python) ((?:benchmark|tests)/[\w/]+\.\w+|\w+\.py)", README):
         assert (ROOT / name).exists(), name
+
+
+def readme_commands():
+    """Every command of the READMEs: [words], with its comment cut off."""
+    lines = re.findall(r"^((?:\w+=\S+ )*(?:bash|python) .*)$", README.replace("\\\n", " "), re.M)
+    lines += re.findall(r"`((?:\w+=\S+ )*(?:bash|python) [^`]+)`", README)
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return sorted({tuple(command) for command in commands})
+
+
+def test_the_readmes_have_commands():
+    commands = readme_commands()
+    assert len(commands) > 70
+    scripts = {word for command in commands for word in command if word.endswith(".py")}
+    assert {path.name for path in SCRIPTS} <= scripts
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_readme_commands_resolve(command, monkeypatch, tmp_path):
+    """Every script exists and knows every flag with its value; every sweep and its scale."""
+    settings = [word for word in command if re.match(r"[A-Z_]+=", word)]
+    program, path, *flags = [word for word in command if word not in settings]
+    if path == "<sweep>" or "<sweep>" in path:
+        return
+    assert set(name.split("=")[0] for name in settings) <= {"SCALE", "WORKERS", "OMP_NUM_THREADS", "EXTRA", "OUT"}
+    if path.startswith("cleanrl/"):
+        return  # a peer's command
+    assert (ROOT / path).exists(), path
+    if program == "python" and "/" not in path:
+        script = importlib.import_module(path.removesuffix(".py"))
+        if "--resume" in flags:
+            assert flags[flags.index("--resume") + 1] == "runs/<run>"
+            flags = [flag for flag in flags if flag not in ("--resume", "runs/<run>")]
+        if flags != ["--help"]:
+            tyro.cli(script.Args, args=[flag for flag in flags if flag != "[--amp]"])
+    elif program == "python":
+        known = (ROOT / path).read_text()
+        for flag in (flag for flag in flags if flag.startswith("--")):
+            assert f'"{flag}"' in known or flag in ("--out", "--repeats"), f"{path} has no {flag}"
+    elif path not in ("tests/run.sh", "benchmark/quickstart.sh"):
+        environment = os.environ | dict(setting.split("=", 1) for setting in settings)
+        command = ["bash", ROOT / path, *flags, *["--dry-run"] * ("--dry-run" not in flags)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def install(tmp_path, **programs):
