@@ -12,7 +12,10 @@ shift
 name=$(basename "$sweep" .sh)_${SCALE:-smoke}
 list=runs/slurm/$name.txt
 mkdir -p runs/slurm runs/logs
-bash "$sweep" --dry-run | grep -E "^python [a-z0-9_]+\.py " >"$list" || { echo "slurm.sh: all runs of $name are finished"; exit 0; }
+commands=$(bash "$sweep" --dry-run)
+grep -E "^python [a-z0-9_]+\.py " <<<"$commands" >"$list" || { echo "slurm.sh: all runs of $name are finished"; exit 0; }
 submit=(sbatch --array="1-$(wc -l <"$list")" --job-name="$name" --output="runs/logs/$name-%a.log" --signal=B:TERM@120)
-[ "${1:-}" != --dry-run ] || { shift; submit=(echo "${submit[@]}"); }
-"${submit[@]}" "$@" --wrap "exec \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list)"
+for option in "$@"; do
+  if [ "$option" = --dry-run ]; then submit=(echo "${submit[@]}"); else submit+=("$option"); fi
+done
+"${submit[@]}" --wrap "exec \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list)"
