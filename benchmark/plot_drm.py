@@ -65,6 +65,7 @@ def behaviour(runs, at: list, out) -> None:
         for step in chosen:
             axis.axvline(step * repeat / 1e6, color="0.7", linestyle=":", linewidth=1)
         axis.set(xlabel="million frames", ylabel=drq.label_of(tag))
+        axis.locator_params(axis="x", nbins=4)
     axis.legend(frameon=False, fontsize=6)
     task = runs[0].args["env_id"].removeprefix("dm_control/").removesuffix("-v0")
     seed = runs[0].args["seed"]

@@ -79,8 +79,8 @@ def full_tag(tag: str) -> str:
 
 
 def label_of(tag: str) -> str:
-    tag = tag.replace("fau/", "fraction of active units, ").replace("drm/", "DrM's ")
-    return tag.replace("_", " ").replace("/", ", ")
+    named = {"drm/dormant_ratio": "DrM's dormant ratio", "drm/stddev": "exploration noise", "drm/lambda": "lambda"}
+    return named.get(tag, tag.replace("fau/", "fraction of active units, ").replace("_", " ").replace("/", ", "))
 
 
 def draw_curves(axis, runs, tag, arms, every_seed=False) -> list:

@@ -468,6 +468,18 @@ def test_a_run_through_the_command_line(tmp_path):
         assert film.size == [24, 24] and film.n_frames == 21 and film.get_frame(0).std() > 10
 
 
+def test_a_film_ends_with_its_episode():
+    """Of two episodes, of which the first one ends at once."""
+    envs = drm.Film(make_serial_envs(settings(env_id="pixel_env:EndingDot-v0"), 2))
+    envs.reset(seed=[6, 1])
+    for _ in range(5):
+        *_, terminated, truncated, _ = envs.step(np.zeros((2, 2), np.float32))
+    assert terminated[0] and not (terminated[1] or truncated[1])
+    assert len(envs.frames) == 2 and envs.frames[0].shape == (24, 24, 3)
+    envs.reset(seed=[0, 1])
+    assert len(envs.frames) == 1
+
+
 def test_a_run_on_a_real_task(monkeypatch, serial):
     flags = ("--image-size 36 --hidden-dim 32 --batch-size 16 --learning-starts 60 --exploration-steps 60 "
              "--log-every 10 --total-timesteps 70 --plasticity-batch-size 16 --plasticity-every 70")  # fmt: skip
