@@ -136,6 +136,32 @@ def test_readme_commands_resolve(command, monkeypatch, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+def tier_cell(path):
+    """What README says that a sweep's SCALE=small and SCALE=paper take: "runs x million steps; ..."."""
+    cells = []
+    for scale in ("small", "paper"):
+        command, environment = ["bash", ROOT / path, "--dry-run"], os.environ | {"SCALE": scale}
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        lines = [re.sub(r"--seed \d+ ", "", line) for line in printed.splitlines() if "benchmark/" not in line]
+        steps = []
+        for _, script, *flags in map(shlex.split, set(lines)):
+            module = importlib.import_module(script.removesuffix(".py"))
+            args = tyro.cli(module.Args, args=flags)
+            task = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
+            table = getattr(module, "TASKS", {})
+            defaults = table.get(task, table.get(task.split("_")[0]))
+            steps.append((args.total_timesteps or defaults["total_timesteps"]) / 1e6)
+        ends = [f"{end:.3g}" for end in (min(steps), max(steps))]
+        cells.append(f"{len(lines)} x {'-'.join(dict.fromkeys(ends))}")
+    return "; ".join(cells)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_readme_says_what_the_tiers_need(path):
+    (row,) = re.findall(rf"^\| .*bash benchmark/{path.name}`.*\|$", README, re.M)
+    assert row.split("|")[-2].strip() == tier_cell(path.relative_to(ROOT))
+
+
 def install(tmp_path, **programs):
     """Runs install.sh, copied alone, with some programs on the PATH replaced by one-line shell scripts."""
     shutil.copy(ROOT / "install.sh", tmp_path)
