@@ -49,6 +49,32 @@ atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets 
   esac
 }
 
+baseline_runs() { # Figs. 1 and 13
+  atari_tiers "$GAMES17" 2500000
+  sweep redo_dqn_atari.py redo_fig1 "$envs" "$seeds" $flags --replay-ratio 1 < <(
+    echo "dqn --method dqn"
+    echo "redo --method redo"
+    echo "reset --method reset"
+    echo "weight-decay --method dqn --weight-decay 1e-5"
+  )
+}
+
+growth_runs() { # Figs. 2 and 5
+  atari_tiers "ALE/DemonAttack-v5 ALE/Asterix-v5" 25000000
+  [ "$SCALE" != paper ] || flags="$flags --dormant-every 80000" # 20,000 gradient steps, as in the official code
+  [ "$SCALE" != smoke ] || envs="ALE/DemonAttack-v5 ALE/Asterix-v5"
+  sweep redo_dqn_atari.py redo_fig2 "$envs" "$seeds" $flags < <(echo "dqn --method dqn")
+}
+
+ratio_runs() { # ratio_runs "GAMES at paper scale": Figs. 7 and 16
+  atari_tiers "$1" 10000000
+  local ratio ratios="0.25 0.5 1 2"
+  [ "$SCALE" = paper ] || ratios="0.25 1"
+  sweep redo_dqn_atari.py redo_fig7 "$envs" "$seeds" $flags < <(
+    for ratio in $ratios; do echo "rr$ratio --method dqn --replay-ratio $ratio"; done
+  )
+}
+
 # drqv2_plasticity.py: all figures share their runs, drqv2-<scale>-<arm>, where the arms' flags are the same
 DRQ_SMOKE="--learning-starts 100 --exploration-steps 100 --image-size 36 --hidden-dim 64 --batch-size 16 --n-step 3
   --stddev-steps 200 --eval-episodes 1 --log-every 50 --buffer-size 1000"

@@ -1,8 +1,10 @@
-"""Films one evaluation episode of a drqv2_plasticity.py run, larger than the agent sees it, with no display needed.
+"""Films one evaluation episode of a run of drqv2_plasticity.py, adaptive_rr.py or drm.py, larger than the agent sees
+it, with no display needed.
 
 python benchmark/drqv2_plasticity_film.py runs/<run>            -> runs/<run>/episode.mp4
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -12,23 +14,24 @@ import torch
 from moviepy import ImageSequenceClip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import drqv2_plasticity as drq
 
 
 def film(run_dir: Path, size: int = 336, max_steps: int = 1000) -> Path:
     """The run's checkpoint -> an episode of the mean action, size x size pixels. Two environments with one seed play
     it, one for the agent and one for the camera."""
-    saved = json.loads((run_dir / "args.json").read_text())["args"]
-    args = drq.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    env, camera = drq.make_env(args.env_id, args.image_size), drq.make_env(args.env_id, size)
+    description = json.loads((run_dir / "args.json").read_text())
+    script = importlib.import_module(description["script"])
+    args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in description["args"].items()})
+    env, camera = script.make_env(args.env_id, args.image_size), script.make_env(args.env_id, size)
     checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    agent = drq.DrQv2Agent(env.action_space.shape[0], args)
-    drq.intervene_at_start(agent, args)
-    if checkpoint["injected"]:
-        for name in args.injection:
-            drq.inject_plasticity(agent, drq.drqv2_optimizers(agent, args, torch.device("cpu")), name, None, None)
+    agent = getattr(script, "DrMAgent", script.DrQv2Agent)(env.action_space.shape[0], args)
+    if description["script"] == "drqv2_plasticity":
+        script.intervene_at_start(agent, args)
+        for name in args.injection if checkpoint["injected"] else ():
+            optimizers = script.drqv2_optimizers(agent, args, torch.device("cpu"))
+            script.inject_plasticity(agent, optimizers, name, None, None)
     agent.load_state_dict(checkpoint["agent"])
-    seed = drq.episode_seed(args.seed, 2, 0)
+    seed = script.episode_seed(args.seed, 2, 0)
     (frame, _), (picture, _) = env.reset(seed=seed), camera.reset(seed=seed)
     stack, pictures, over = [frame] * 3, [], False
     while not over and len(pictures) < max_steps:

@@ -3,12 +3,5 @@
 # Expect, at paper scale, DemonAttack at 10M frames: ReDo 4580, resets 2950, weight decay 1210, DQN 690.
 source "$(dirname "$0")/common.sh"
 
-atari_tiers "$GAMES17" 2500000
-flags="$flags --replay-ratio 1"
-sweep redo_dqn_atari.py redo_fig1 "$envs" "$seeds" $flags < <(
-  echo "dqn --method dqn"
-  echo "redo --method redo"
-  echo "reset --method reset"
-  echo "weight-decay --method dqn --weight-decay 1e-5"
-)
+baseline_runs
 draw benchmark/plot_redo_dqn_atari.py fig13 --runs "redo_fig1-$SCALE-*"

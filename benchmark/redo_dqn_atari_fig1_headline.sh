@@ -3,12 +3,5 @@
 # Expect, at paper scale (17 games, 5 seeds), at 10M frames: ReDo 0.625, weight decay 0.415, resets 0.325, DQN 0.30.
 source "$(dirname "$0")/common.sh"
 
-atari_tiers "$GAMES17" 2500000
-flags="$flags --replay-ratio 1"
-sweep redo_dqn_atari.py redo_fig1 "$envs" "$seeds" $flags < <(
-  echo "dqn --method dqn"
-  echo "redo --method redo"
-  echo "reset --method reset"
-  echo "weight-decay --method dqn --weight-decay 1e-5"
-)
+baseline_runs
 draw benchmark/plot_redo_dqn_atari.py fig1 --runs "redo_fig1-$SCALE-*"

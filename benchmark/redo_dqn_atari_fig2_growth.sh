@@ -4,10 +4,5 @@
 # Asterix 17%, then 3-4%, then about 30%.
 source "$(dirname "$0")/common.sh"
 
-atari_tiers "ALE/DemonAttack-v5 ALE/Asterix-v5" 25000000
-[ "$SCALE" != paper ] || flags="$flags --dormant-every 80000" # 20,000 gradient steps, as in the official code
-[ "$SCALE" != smoke ] || envs="ALE/DemonAttack-v5 ALE/Asterix-v5"
-sweep redo_dqn_atari.py redo_fig2 "$envs" "$seeds" $flags < <(
-  echo "dqn --method dqn"
-)
+growth_runs
 draw benchmark/plot_redo_dqn_atari.py fig2 --runs "redo_fig2-$SCALE-*"

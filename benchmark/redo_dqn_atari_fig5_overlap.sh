@@ -5,10 +5,5 @@
 # look fits its curves best.
 source "$(dirname "$0")/common.sh"
 
-atari_tiers "ALE/DemonAttack-v5 ALE/Asterix-v5" 25000000
-[ "$SCALE" != paper ] || flags="$flags --dormant-every 80000" # 20,000 gradient steps, as in the official code
-[ "$SCALE" != smoke ] || envs="ALE/DemonAttack-v5 ALE/Asterix-v5"
-sweep redo_dqn_atari.py redo_fig2 "$envs" "$seeds" $flags < <(
-  echo "dqn --method dqn"
-)
+growth_runs
 draw benchmark/plot_redo_dqn_atari.py fig5 --runs "redo_fig2-$SCALE-*"

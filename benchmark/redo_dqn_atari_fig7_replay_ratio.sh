@@ -3,10 +3,5 @@
 # Expect, at paper scale, at 40M frames, replay ratio 0.25, 0.5, 1, 2: 9, 23, 38, 48%; return 3650, 2380, 1350, 740.
 source "$(dirname "$0")/common.sh"
 
-atari_tiers ALE/DemonAttack-v5 10000000
-ratios="0.25 0.5 1 2"
-[ "$SCALE" = paper ] || ratios="0.25 1"
-sweep redo_dqn_atari.py redo_fig7 "$envs" "$seeds" $flags < <(
-  for ratio in $ratios; do echo "rr$ratio --method dqn --replay-ratio $ratio"; done
-)
+ratio_runs ALE/DemonAttack-v5
 draw benchmark/plot_redo_dqn_atari.py fig7 --runs "redo_fig7-$SCALE-*"

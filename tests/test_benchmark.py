@@ -26,6 +26,7 @@ import plot_drqv2_plasticity as plot_drq  # noqa: E402
 import plot_redo_dqn_atari as plot_redo  # noqa: E402
 import plotting  # noqa: E402
 
+import adaptive_rr  # noqa: E402
 import crl_deep  # noqa: E402
 import drm  # noqa: E402
 import drqv2_plasticity  # noqa: E402
@@ -407,11 +408,12 @@ def test_film_of_a_game():
     assert np.abs(colours[:, 0] - colours[:, 2]).max() > 50
 
 
-def test_film_of_pixels():
+@pytest.mark.parametrize("script", [drqv2_plasticity, adaptive_rr, drm], ids=lambda script: script.SCRIPT)
+def test_film_of_pixels(script):
     import drqv2_plasticity_film
 
-    flags = [*helpers.PIXELS, "--injection", "critic", "--injection-step", 60]
-    run_dir = helpers.run(drqv2_plasticity, *flags)
+    injection = ["--injection", "critic", "--injection-step", 60] * (script is drqv2_plasticity)
+    run_dir = helpers.run(script, *helpers.TINY[script], *injection)
     with VideoFileClip(str(drqv2_plasticity_film.film(run_dir, 64))) as clip:
         assert clip.size == [64, 64] and clip.duration == pytest.approx(20 / 25, abs=0.1)
         assert clip.get_frame(0).std() > 10 and (clip.get_frame(0) != clip.get_frame(0.7)).any()
