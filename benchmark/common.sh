@@ -132,6 +132,17 @@ drm_tiers() { # drm_tiers "TASKS at paper scale" [TASK at small scale]: sets see
   envs=$(printf "dm_control/%s-v0 " $tasks)
 }
 
+hard_runs() { # Figs. 1 and 6
+  drm_tiers "dog-stand dog-walk dog-trot dog-run humanoid-stand humanoid-walk humanoid-run manipulator-bring_ball
+    acrobot-swingup_sparse" acrobot-swingup_sparse
+  sweep drm.py drm "$envs" "$seeds" $flags < <(drm_arms)
+}
+
+drm_arms() {
+  echo "drm"
+  echo "drqv2 $DRM_OFF"
+}
+
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
   local script=$1 env=$2 exp=$3 seed=$4 dir
   local folder="${env//\//-}__${exp}__${seed}"

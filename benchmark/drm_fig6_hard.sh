@@ -3,10 +3,5 @@
 # frames each. Which eight of these nine the paper draws is not known to us. SCALE=small: Acrobot Swingup Sparse alone.
 source "$(dirname "$0")/common.sh"
 
-drm_tiers "dog-stand dog-walk dog-trot dog-run humanoid-stand humanoid-walk humanoid-run manipulator-bring_ball
-  acrobot-swingup_sparse" acrobot-swingup_sparse
-sweep drm.py drm "$envs" "$seeds" $flags < <(
-  echo "drm"
-  echo "drqv2 $DRM_OFF"
-)
+hard_runs
 draw benchmark/plot_drm.py curves --runs "drm-$SCALE-*" --envs $envs --arms drm drqv2 --tags return

@@ -3,9 +3,6 @@
 source "$(dirname "$0")/common.sh"
 
 drm_tiers "humanoid-run manipulator-bring_ball dog-walk" acrobot-swingup_sparse
-sweep drm.py drm "$envs" "$seeds" $flags < <(
-  echo "drm"
-  echo "drqv2 $DRM_OFF"
-)
+sweep drm.py drm "$envs" "$seeds" $flags < <(drm_arms)
 draw benchmark/plot_drm.py curves --runs "drm-$SCALE-*" --envs $envs --arms drm drqv2 \
   --tags drm/dormant_ratio drm/stddev drm/lambda return

@@ -4,8 +4,5 @@ source "$(dirname "$0")/common.sh"
 
 drm_tiers "acrobot-swingup cartpole-swingup_sparse cheetah-run hopper-hop quadruped-run quadruped-walk reacher-easy
   reacher-hard walker-run"
-sweep drm.py drm "$envs" "$seeds" $flags < <(
-  echo "drm"
-  echo "drqv2 $DRM_OFF"
-)
+sweep drm.py drm "$envs" "$seeds" $flags < <(drm_arms)
 draw benchmark/plot_drm.py curves --runs "drm-$SCALE-*" --envs $envs --arms drm drqv2 --tags return

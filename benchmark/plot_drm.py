@@ -5,9 +5,10 @@
     python benchmark/plot_drm.py behaviour --runs "drm-smoke-film" --envs dm_control/hopper-hop-v0 --arms film \
         --out runs/figures/behaviour
 
-KIND is curves (as in plot_drqv2_plasticity.py) or behaviour (Fig. 2: dormant ratio and return of every seed of the
-first arm on the first task, and pictures from one seed's films of --capture-video, at evaluations spread over the run
-or --at chosen steps). Stars are DrQ-v2's published curves. Each figure is written as PNG with the CSV behind it.
+KIND is curves (as in plot_drqv2_plasticity.py), aggregate (Fig. 1: interquartile mean of the returns over runs x tasks,
+a line per arm) or behaviour (Fig. 2: dormant ratio and return of every seed of the first arm on the first task, and
+pictures from one seed's films of --capture-video, at evaluations spread over the run or --at chosen steps). Stars are
+DrQ-v2's published curves. Each figure is written as PNG with the CSV behind it.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import math
 import matplotlib.pyplot as plt
 import plot_drqv2_plasticity as drq
 from moviepy import VideoFileClip
-from plotting import load_runs, save
+from plotting import aligned, group, iqm, load_runs, panels, save, seeds_text, stratified_bootstrap
 
 NOTE = ("Bands: 95% bootstrap intervals over seeds. Stars: DrQ-v2's published curves, means of up to 10 seeds "
         "(its own n-step and batch on walker). Returns: evaluations. Dotted: perturbations.")  # fmt: skip
@@ -73,9 +74,34 @@ def behaviour(runs, at: list, out) -> None:
     save(figure, rows, out, "Pictures: early, in the middle and late in one episode. Dotted: where they were taken.")
 
 
+def aggregate(runs, arms, out) -> None:
+    """Fig. 1: the IQM of the evaluations' returns, with its 95% stratified bootstrap interval, over frames."""
+    figure, (axis,) = panels(1, width=4.2)
+    rows = []
+    for name, members in group(runs, drq.arm).items():
+        tasks = [aligned(seeds, "eval/episodic_return") for seeds in group(members, task_of).values()]
+        points = min(len(frames) for frames, _ in tasks)
+        frames, returns = tasks[0][0][:points], [values[:, :points] for _, values in tasks]
+        mean, (low, high) = iqm(returns), stratified_bootstrap(returns, iqm)
+        color = f"C{arms.index(name)}"
+        axis.plot(frames / 1e6, mean, color=color, label=name)
+        axis.fill_between(frames / 1e6, low, high, color=color, alpha=0.2, linewidth=0)
+        rows += [dict(arm=name, tasks=len(tasks), seeds=len(returns[0]), frames=int(f), iqm=m, low=lo, high=hi)
+                 for f, m, lo, hi in zip(frames, mean, low, high)]  # fmt: skip
+    tasks, seeds = len(group(runs, task_of)), group(runs, lambda run: (drq.arm(run), task_of(run)))
+    title = f"{tasks} task{'s' * (tasks > 1)}, {seeds_text(seeds.values())}"
+    axis.set(title=title, xlabel="million frames", ylabel="IQM of returns")
+    axis.legend(frameon=False, fontsize=7)
+    save(figure, rows, out, "Bands: 95% stratified bootstrap intervals over runs x tasks.")
+
+
+def task_of(run) -> str:
+    return run.args["env_id"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("curves", "behaviour"))
+    parser.add_argument("kind", choices=("curves", "aggregate", "behaviour"))
     parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
     parser.add_argument("--envs", nargs="+", required=True, help="the tasks")
     parser.add_argument("--arms", nargs="+", required=True, help="the lines, in this order")
@@ -90,6 +116,8 @@ def main() -> None:
     if a.kind == "behaviour":
         first = [run for run in runs if (run.args["env_id"], drq.arm(run)) == (a.envs[0], a.arms[0])]
         behaviour(first, a.at, a.out)
+    elif a.kind == "aggregate":
+        aggregate(runs, a.arms, a.out)
     else:
         drq.curves(runs, a.arms, a.tags, a.out, note=NOTE)
 

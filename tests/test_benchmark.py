@@ -232,6 +232,17 @@ def test_behaviour_shows_the_films_of_the_chosen_steps(monkeypatch):
         plot_drm.film_steps(plotting.load_runs("drm-smoke-nothing")[0], [])
 
 
+def test_aggregate_of_returns_over_tasks():
+    for task, value in (("dog-run", 0.0), ("dog-walk", 100.0), ("dog-trot", 200.0), ("humanoid-run", 900.0)):
+        options = dict(tag="eval/episodic_return", every=500, folder=task, action_repeat=2)
+        for name, gain in (("drm", 10.0), ("drqv2", 0.0)):
+            write_run(f"drm-paper-{name}", 1, [0.0, value + gain], env_id=f"dm_control/{task}-v0", **options)
+    plot_drm.aggregate(plotting.load_runs("drm-paper-*"), ["drm", "drqv2"], "out")
+    rows = {(row["arm"], int(row["frames"])): float(row["iqm"]) for row in read_csv("out.csv")}
+    assert rows == {("drm", 0): 0, ("drm", 1000): 160, ("drqv2", 0): 0, ("drqv2", 1000): 150}
+    assert {row["tasks"] for row in read_csv("out.csv")} == {"4"}
+
+
 def test_dotted_lines_where_weights_were_perturbed(monkeypatch):
     import matplotlib.axes
 
