@@ -1,5 +1,5 @@
 # Sourced by every sweep:   SCALE=smoke|small|paper [WORKERS=n] [EXTRA="flags"] bash benchmark/<sweep>.sh [--dry-run]
-#   SCALE  smoke: a CPU, minutes, checks the plumbing only; small: one GPU, about an hour; paper: the paper's own size
+#   SCALE  smoke: a CPU, minutes, checks the plumbing only; small: one GPU, about an hour a run; paper: the paper's own size
 #   WORKERS  runs side by side (default 1)      EXTRA  flags for every new run, for instance --cudagraphs
 #   OUT      folder of the figure and its CSV (default runs/figures)
 # A run that is finished is skipped, one that was cut off is resumed; each has a log under runs/logs/. At the end stands
@@ -19,6 +19,8 @@ case "$SCALE" in
   smoke | small | paper) ;;
   *) echo "$name: error: SCALE=$SCALE is none of smoke, small, paper" >&2; exit 2 ;;
 esac
+[ -n "$DRY_RUN" ] || python -c "import importlib.util as u, sys; sys.exit(not (u.find_spec('torch') and u.find_spec('tyro')))" 2>/dev/null ||
+  { echo "$name: error: $(command -v python || echo python) has no torch and tyro; bash install.sh installs them" >&2; exit 1; }
 runs=0 skipped=0 failures=$(mktemp)
 trap 'rm -f "$failures"' EXIT
 

@@ -77,7 +77,7 @@ def main() -> None:
     if a.kind == "table":
         table(runs, a.arms, a.out)
     else:
-        drq.curves(runs, a.arms, a.tags, a.out)
+        drq.curves(drq.all_rows(runs, a.tags), a.arms, a.out)
 
 
 if __name__ == "__main__":

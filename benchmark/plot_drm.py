@@ -17,10 +17,9 @@ import math
 import matplotlib.pyplot as plt
 import plot_drqv2_plasticity as drq
 from moviepy import VideoFileClip
-from plotting import aligned, group, iqm, load_runs, panels, save, seeds_text, stratified_bootstrap
+from plotting import aligned, frames_unit, group, iqm, load_runs, panels, save, seeds_text, stratified_bootstrap
 
-NOTE = ("Bands: 95% bootstrap intervals over seeds. Stars: DrQ-v2's published curves, means of up to 10 seeds "
-        "(its own n-step and batch on walker). Returns: evaluations. Dotted: perturbations.")  # fmt: skip
+STARS = "DrQ-v2's published curves, means of up to 10 seeds, its own n-step and batch on walker"
 # DrQ-v2's published curves: task -> [(million frames, mean return)]
 DRQV2 = {
     "hopper-hop": [(0.5, 116), (1, 224), (2, 300), (2.98, 357)], "acrobot-swingup": [(2.98, 438)],
@@ -47,6 +46,7 @@ def film_steps(run, at: list, count: int = 6) -> list:
 def behaviour(runs, at: list, out) -> None:
     """Fig. 2: pictures of the first seed's evaluations above, dormant ratio and return of every seed below."""
     chosen, repeat = film_steps(runs[0], at), runs[0].action_repeat
+    size, unit = frames_unit(chosen[-1] * repeat)
     figure = plt.figure(figsize=(1.35 * max(6, len(chosen)), 7), layout="constrained")
     films, panels = figure.add_gridspec(2, 1, height_ratios=(1.35, 1))
     grid, rows = films.subgridspec(len(MOMENTS), len(chosen)), []
@@ -61,11 +61,11 @@ def behaviour(runs, at: list, out) -> None:
         axis = figure.add_subplot(panel)
         for i, run in enumerate(runs):
             frames, values = run.series(drq.full_tag(tag))
-            axis.plot(frames / 1e6, values, color=f"C{i}", linewidth=1, label=f"seed {run.args['seed']}")
+            axis.plot(frames / size, values, color=f"C{i}", linewidth=1, label=f"seed {run.args['seed']}")
             rows += [dict(seed=run.args["seed"], tag=tag, frames=int(x), value=y) for x, y in zip(frames, values)]
         for step in chosen:
-            axis.axvline(step * repeat / 1e6, color="0.7", linestyle=":", linewidth=1)
-        axis.set(xlabel="million frames", ylabel=drq.label_of(tag))
+            axis.axvline(step * repeat / size, color="0.7", linestyle=":", linewidth=1)
+        axis.set(xlabel=unit, ylabel=drq.label_of(tag))
         axis.locator_params(axis="x", nbins=4)
     axis.legend(frameon=False, fontsize=6)
     task = runs[0].args["env_id"].removeprefix("dm_control/").removesuffix("-v0")
@@ -77,20 +77,21 @@ def behaviour(runs, at: list, out) -> None:
 def aggregate(runs, arms, out) -> None:
     """Fig. 1: the IQM of the evaluations' returns, with its 95% stratified bootstrap interval, over frames."""
     figure, (axis,) = panels(1, width=4.2)
-    rows = []
+    rows, last = [], max(run.series("eval/episodic_return")[0].max(initial=0) for run in runs)
+    size, unit = frames_unit(last)
     for name, members in group(runs, drq.arm).items():
         tasks = [aligned(seeds, "eval/episodic_return") for seeds in group(members, task_of).values()]
         points = min(len(frames) for frames, _ in tasks)
         frames, returns = tasks[0][0][:points], [values[:, :points] for _, values in tasks]
         mean, (low, high) = iqm(returns), stratified_bootstrap(returns, iqm)
         color = f"C{arms.index(name)}"
-        axis.plot(frames / 1e6, mean, color=color, label=name)
-        axis.fill_between(frames / 1e6, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.plot(frames / size, mean, color=color, label=name)
+        axis.fill_between(frames / size, low, high, color=color, alpha=0.2, linewidth=0)
         rows += [dict(arm=name, tasks=len(tasks), seeds=len(returns[0]), frames=int(f), iqm=m, low=lo, high=hi)
                  for f, m, lo, hi in zip(frames, mean, low, high)]  # fmt: skip
     tasks, seeds = len(group(runs, task_of)), group(runs, lambda run: (drq.arm(run), task_of(run)))
     title = f"{tasks} task{'s' * (tasks > 1)}, {seeds_text(seeds.values())}"
-    axis.set(title=title, xlabel="million frames", ylabel="IQM of returns")
+    axis.set(title=title, xlabel=unit, ylabel="IQM of returns")
     axis.legend(frameon=False, fontsize=7)
     save(figure, rows, out, "Bands: 95% stratified bootstrap intervals over runs x tasks.")
 
@@ -119,7 +120,7 @@ def main() -> None:
     elif a.kind == "aggregate":
         aggregate(runs, a.arms, a.out)
     else:
-        drq.curves(runs, a.arms, a.tags, a.out, note=NOTE)
+        drq.curves(drq.all_rows(runs, a.tags), a.arms, a.out, STARS)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ KIND is curves (a row of panels per task, a column per tag, a line per arm), bar
 the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations), a whole tag of
 "charts/" or "drm/", or what follows "plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95%
 bootstrap intervals over seeds; stars are values read from the paper's figures, dotted lines resets, perturbations and
-injections. Each figure is written as PNG with the CSV behind it.
+injections. Each figure is written as PNG with the CSV behind it; --csv draws curves from such a CSV instead of runs.
 """
 
 import argparse
 
-from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
+from plotting import aligned, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
 
-NOTE = ("Bands: 95% bootstrap intervals over seeds. Stars: the paper, read from its figures. Returns: evaluations. "
-        "Dotted: resets, perturbations, injections.")  # fmt: skip
+STARS = "the paper, read from its figures"
 EVENTS = ("plasticity/reset", "plasticity/perturb_factor", "plasticity/injection")
 FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
 WALKER, QUADRUPED, CHEETAH = (f"dm_control/{task}-run-v0" for task in ("walker", "quadruped", "cheetah"))
@@ -80,47 +79,81 @@ def full_tag(tag: str) -> str:
 
 def label_of(tag: str) -> str:
     named = {"drm/dormant_ratio": "DrM's dormant ratio", "drm/stddev": "exploration noise", "drm/lambda": "lambda"}
-    return named.get(tag, tag.replace("fau/", "fraction of active units, ").replace("_", " ").replace("/", ", "))
+    for start, text in (("fau/", "active units, "), ("charts/", ""), ("dormant_ratio_tau", "dormant neurons, tau ")):
+        tag = text + tag.removeprefix(start) if tag.startswith(start) else tag
+    return named.get(tag, tag.replace("_", " ").replace("/", ", "))
 
 
-def draw_curves(axis, runs, tag, arms, every_seed=False) -> list:
-    """One tag over million frames for one task -> rows of the CSV."""
+def rows_of(runs, tag, every_seed=False) -> list:
+    """Rows of the CSV for one tag on one task: our means and bands, the paper's values, when weights were changed."""
     rows, env_id = [], runs[0].args["env_id"]
     for name, seeds in group(runs, arm).items():
-        color, stars = f"C{arms.index(name)}", PAPER.get((env_id, tag, name), [])
+        about = dict(env_id=env_id, arm=name, tag=tag)
         for part in [[run] for run in seeds] if every_seed else [seeds]:
+            seed = part[0].args["seed"] if every_seed else ""
             frames, values = aligned(part, full_tag(tag))
-            mean, low, high = mean_and_band(values)
-            axis.plot(frames / 1e6, mean, color=color, label=name if part[0] is seeds[0] else None, linewidth=1)
-            axis.fill_between(frames / 1e6, low, high, color=color, alpha=0.2, linewidth=0)
-            rows += [
-                dict(env_id=env_id, arm=name, tag=tag, seeds=len(part), seed=part[0].args["seed"] if every_seed else "",
-                     frames=int(f), mean=m, low=lo, high=hi) for f, m, lo, hi in zip(frames, mean, low, high)
-            ]  # fmt: skip
-        events = [frame for event in EVENTS for frame in seeds[0].series(event)[0]]
-        for frame in events if len(events) <= 20 else ():
-            axis.axvline(frame / 1e6, color=color, linestyle=":", linewidth=0.8)
-        rows += [dict(env_id=env_id, arm=name, tag=tag, seeds="paper", seed="", frames=int(x * 1e6), mean=y, low="",
-                      high="") for x, y in stars]  # fmt: skip
-        end = max((row["frames"] for row in rows if row["seeds"] != "paper"), default=0) / 1e6
-        near = [(x, y) for x, y in stars if x <= 1.05 * end]  # what lies beyond the runs stands in the CSV only
-        axis.plot([x for x, _ in near], [y for _, y in near], "*", color=color, ms=7)
-    task = env_id.removeprefix("dm_control/").removesuffix("-v0")
-    axis.set(title=f"{task}, {seeds_text(group(runs, arm).values())}", xlabel="million frames", ylabel=label_of(tag))
-    axis.locator_params(axis="x", nbins=4)
-    axis.legend(frameon=False, fontsize=6)
+            rows += [about | dict(seeds=len(part), seed=seed, frames=int(f), mean=m, low=lo, high=hi)
+                     for f, m, lo, hi in zip(frames, *mean_and_band(values))]  # fmt: skip
+        marks = [("paper", x * 1e6, y) for x, y in PAPER.get((env_id, tag, name), [])]
+        marks += [("event", frame, "") for event in EVENTS for frame in seeds[0].series(event)[0]]
+        rows += [about | dict(seeds=kind, seed="", frames=int(x), mean=y, low="", high="") for kind, x, y in marks]
     return rows
 
 
-def curves(runs, arms, tags, out, every_seed=False, note=NOTE) -> None:
-    tasks = group(runs, lambda run: run.args["env_id"])
-    columns = len(tags) if len(tags) > 1 else min(3, len(tasks))
-    figure, axes = panels(len(tasks) * len(tags), columns=min(4, columns))
-    rows = []
-    for i, members in enumerate(tasks.values()):
-        for j, tag in enumerate(tags):
-            rows += draw_curves(axes[i * len(tags) + j], members, tag, arms, every_seed)
-    save(figure, rows, out, note)
+def draw_curves(axis, rows, arms) -> None:
+    """One tag on one task over frames, from rows of the CSV: a line per arm, and per seed where it is given."""
+    ours = [row for row in rows if row["seeds"] not in ("paper", "event")]
+    end = max((row["frames"] for row in ours), default=0)
+    size, unit = frames_unit(end)
+    for name in [name for name in arms if any(row["arm"] == name for row in ours)]:
+        color, label = f"C{arms.index(name)}", name
+        for seed in dict.fromkeys(row["seed"] for row in ours if row["arm"] == name):
+            line = [row for row in ours if (row["arm"], row["seed"]) == (name, seed)]
+            x, mean, low, high = zip(*((row["frames"] / size, row["mean"], row["low"], row["high"]) for row in line))
+            axis.plot(x, mean, color=color, label=label, linewidth=1)
+            axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            label = None
+        events = [row["frames"] for row in rows if (row["arm"], row["seeds"]) == (name, "event")]
+        for frame in events if len(events) <= 20 else ():
+            axis.axvline(frame / size, color=color, linestyle=":", linewidth=0.8)
+        near = [(row["frames"] / size, row["mean"]) for row in rows  # what lies beyond the runs stands in the CSV only
+                if (row["arm"], row["seeds"]) == (name, "paper") and row["frames"] <= 1.05 * end]  # fmt: skip
+        axis.plot([x for x, _ in near], [y for _, y in near], "*", color=color, ms=7)
+    counts = sorted({int(row["seeds"]) for row in ours}) if all(row["seed"] == "" for row in ours) else []
+    counts = counts or [len({row["seed"] for row in ours})]
+    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    task, tag = rows[0]["env_id"].removeprefix("dm_control/").removesuffix("-v0"), rows[0]["tag"]
+    axis.set(title=f"{task}, {seeds}", xlabel=unit, ylabel=label_of(tag))
+    axis.locator_params(axis="x", nbins=4)
+    axis.legend(frameon=False, fontsize=6)
+
+
+def note_of(rows, stars=STARS) -> str:
+    """The footnote: what of all this the picture has."""
+    kinds = {row["seeds"] for row in rows}
+    notes = ["Returns: evaluations."] * any(row["tag"] == "return" for row in rows)
+    notes += ["Bands: 95% bootstrap intervals over seeds."] * any(kind not in (1, "paper", "event") for kind in kinds)
+    notes += [f"Stars: {stars}."] * ("paper" in kinds)
+    notes += ["Dotted: resets, perturbations, injections."] * ("event" in kinds)
+    return " ".join([*notes, "Axes need not start at 0."])
+
+
+def curves(rows, arms, out, stars=STARS) -> None:
+    """A panel per task and tag of the rows, tasks below each other where there are several tags."""
+    grouped = {}
+    for row in rows:
+        grouped.setdefault((row["env_id"], row["tag"]), []).append(row)
+    tags = len({tag for _, tag in grouped})
+    columns = tags if tags > 1 else min(3, len(grouped))
+    figure, axes = panels(len(grouped), columns=min(4, columns))
+    for axis, part in zip(axes, grouped.values()):
+        draw_curves(axis, part, arms)
+    save(figure, rows, out, note_of(rows, stars))
+
+
+def all_rows(runs, tags, every_seed=False) -> list:
+    tasks = group(runs, lambda run: run.args["env_id"]).values()
+    return [row for members in tasks for tag in tags for row in rows_of(members, tag, every_seed)]
 
 
 def bars(runs, arms, tags, out) -> None:
@@ -144,16 +177,20 @@ def bars(runs, arms, tags, out) -> None:
         title=f"{env_id.removeprefix('dm_control/')}, last return\nstars: the paper at 3M frames", xlabel="return"
     )
     for axis, tag in zip(axes[1:], tags):
-        rows += draw_curves(axis, runs, tag, arms)
+        part = rows_of(runs, tag)
+        draw_curves(axis, part, arms)
         axis.get_legend().remove()  # the bars have the lines' colours
-    save(figure, rows, out, NOTE)
+        rows += part
+    save(figure, rows, out, note_of(rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("curves", "bars", "seeds"))
-    parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
-    parser.add_argument("--envs", nargs="+", required=True, help="the tasks")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", help="a shell pattern of --exp-name")
+    source.add_argument("--csv", help="a CSV of curves to draw again")
+    parser.add_argument("--envs", nargs="+", default=[], help="the tasks")
     parser.add_argument(
         "--arms", nargs="+", required=True, help="the lines, in this order; those without runs are left out"
     )
@@ -161,11 +198,14 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
+    if a.csv:
+        curves(read_rows(a.csv), a.arms, a.out)
+        return
     runs = select(load_runs(a.runs, a.folder), a.envs, a.arms)
     if a.kind == "bars":
         bars(runs, a.arms, a.tags, a.out)
     else:
-        curves(runs, a.arms, a.tags, a.out, every_seed=a.kind == "seeds")
+        curves(all_rows(runs, a.tags, a.kind == "seeds"), a.arms, a.out)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,24 @@ def panels(count: int, width: float = 3.4, height: float = 2.8, columns: int = 4
     return figure, list(axes.flat[:count])
 
 
+def frames_unit(last: float) -> tuple:
+    """The unit of an axis that ends at so many frames -> its size and its name."""
+    return (1e6, "million frames") if last >= 2e5 else (1e3, "thousand frames")
+
+
+def read_rows(path: str) -> list:
+    """The rows of a CSV that `save` has written, with numbers where they are numbers."""
+
+    def value(text):
+        try:
+            return int(text) if text.isdigit() else float(text)
+        except ValueError:
+            return text
+
+    with open(path) as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
 def save(figure, rows: list, out: str, note: str = "") -> None:
     """Writes <out>.png with a note below, and the numbers behind it as <out>.csv (dicts with the same keys)."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -155,7 +155,8 @@ def test_curves_of_active_units_with_the_papers_marks():
     pixel_run("unasked", 1, [0.0, 0.0])
     runs = plotting.load_runs("drqv2-small-*")
     arms = ["augmentation", "plain"]
-    plot_drq.curves([run for run in runs if plot_drq.arm(run) in arms], arms, ["fau/critic"], "out")
+    runs = [run for run in runs if plot_drq.arm(run) in arms]
+    plot_drq.curves(plot_drq.all_rows(runs, ["fau/critic"]), arms, "out")
     rows = read_csv("out.csv")
     ours = {(row["arm"], int(row["frames"])): float(row["mean"]) for row in rows if row["seeds"] == "2"}
     assert ours == pytest.approx({
@@ -163,7 +164,7 @@ def test_curves_of_active_units_with_the_papers_marks():
         ("plain", 0): 0.5, ("plain", 100_000): 0.2, ("plain", 200_000): 0.1})  # fmt: skip
     paper = {(row["arm"], int(row["frames"])): float(row["mean"]) for row in rows if row["seeds"] == "paper"}
     assert paper[("augmentation", 300_000)] == 0.433 and paper[("plain", 3_000_000)] == 0.204 and len(paper) == 12
-    plot_drq.curves([run for run in runs if plot_drq.arm(run) in arms], arms, ["fau/critic"], "seeds", every_seed=True)
+    plot_drq.curves(plot_drq.all_rows(runs, ["fau/critic"], every_seed=True), arms, "seeds")
     by_seed = {
         (row["arm"], row["seed"]): row for row in read_csv("seeds.csv") if row["frames"] == "100000" and row["seed"]
     }
@@ -250,8 +251,25 @@ def test_dotted_lines_where_weights_were_perturbed(monkeypatch):
     monkeypatch.setattr(matplotlib.axes.Axes, "axvline", lambda self, x, **style: lines.append(x))
     pixel_run("augmentation", 1, [0.5, 0.4, 0.3])
     write_scalars("runs/walker-run__drqv2-small-augmentation__1__0", plasticity__perturb_factor={50_001: 0.3, 9: 0.2})
-    plot_drq.curves(plotting.load_runs("drqv2-small-*"), ["augmentation"], ["fau/critic"], "out")
+    rows = plot_drq.all_rows(plotting.load_runs("drqv2-small-*"), ["fau/critic"])
+    plot_drq.curves(rows, ["augmentation"], "out")
     assert sorted(lines) == [18 / 1e6, 100_002 / 1e6]
+    again = plotting.read_rows("out.csv")  # a picture can be drawn from its CSV
+    assert [row["frames"] for row in again] == [row["frames"] for row in rows]
+    plot_drq.curves(again, ["augmentation"], "again")
+    assert Path("again.csv").read_text() == Path("out.csv").read_text() and len(lines) == 4
+
+
+def test_the_unit_of_an_axis_fits_its_range():
+    assert plotting.frames_unit(32_000) == (1e3, "thousand frames")
+    assert plotting.frames_unit(3e6) == (1e6, "million frames")
+
+
+def test_footnotes_name_only_what_is_there():
+    row = dict(tag="return", seeds=1, frames=1, mean=1)
+    assert plot_drq.note_of([row]) == "Returns: evaluations. Axes need not start at 0."
+    more = plot_drq.note_of([row, row | dict(seeds=5), row | dict(seeds="paper"), row | dict(seeds="event")])
+    assert all(word in more for word in ("Bands", "Stars", "Dotted"))
 
 
 def test_schedules_of_the_dormant_ratio():
