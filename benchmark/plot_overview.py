@@ -4,10 +4,9 @@ python benchmark/plot_overview.py --out benchmark/results/overview
 """
 
 import argparse
-import csv
 from pathlib import Path
 
-from plotting import panels, save
+from plotting import panels, read_rows, save
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # title, y axis, CSV, environment, tag, {arm: label}
@@ -21,7 +20,7 @@ PANELS = (
      "adaptive_rr_cpu_small", "dm_control/cartpole-balance-v0", "fau/critic",
      {"adaptive": "adaptive replay ratio", "static0.5": "replay ratio 0.5"}),
     ("drm.py: steered by the dormant ratio\nCartpole Balance (perturbed at 12 and 24)", "the actor's dormant ratio",
-     "drm_cpu_small", "dm_control/cartpole-balance-v0", "drm/dormant_ratio", {"drm": "DrM", "drqv2": "DrQ-v2"}),
+     "drm_cpu_small", "dm_control/cartpole-balance-v0", "drm/dormant_ratio", {"drm-0.6": "DrM", "drqv2": "DrQ-v2"}),
 )  # fmt: skip
 
 
@@ -29,10 +28,9 @@ def draw(out: str) -> None:
     figure, axes = panels(len(PANELS))
     rows = []
     for axis, (title, label, name, env_id, tag, arms) in zip(axes, PANELS):
-        with open(RESULTS / f"{name}.csv") as file:
-            table = [row for row in csv.DictReader(file) if row["env_id"] == env_id and row["tag"] == tag]
+        table = [row for row in read_rows(RESULTS / f"{name}.csv") if (row["env_id"], row["tag"]) == (env_id, tag)]
         for arm, text in arms.items():
-            points = [(int(row["frames"]), float(row["mean"])) for row in table if row["arm"] == arm]
+            points = [(row["frames"], row["mean"]) for row in table if row["arm"] == arm and row["seeds"] == 1]
             axis.plot(*zip(*[(frames / 1e3, value) for frames, value in points]), label=text, linewidth=1)
             rows += [dict(panel=name, arm=arm, tag=tag, frames=x, value=y) for x, y in points]
         axis.set_title(title, fontsize=8)

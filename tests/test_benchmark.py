@@ -23,6 +23,7 @@ import plot_adaptive_rr as plot_rr  # noqa: E402
 import plot_crl_deep  # noqa: E402
 import plot_drm  # noqa: E402
 import plot_drqv2_plasticity as plot_drq  # noqa: E402
+import plot_overview  # noqa: E402
 import plot_redo_dqn_atari as plot_redo  # noqa: E402
 import plotting  # noqa: E402
 
@@ -263,6 +264,12 @@ def test_dotted_lines_where_weights_were_perturbed(monkeypatch):
 def test_the_unit_of_an_axis_fits_its_range():
     assert plotting.frames_unit(32_000) == (1e3, "thousand frames")
     assert plotting.frames_unit(3e6) == (1e6, "million frames")
+
+
+def test_the_overview_is_that_of_the_results():
+    plot_overview.draw("out")
+    assert Path("out.csv").read_text() == (ROOT / "benchmark" / "results" / "overview.csv").read_text()
+    assert {row["panel"] for row in read_csv("out.csv")} == {panel[2] for panel in plot_overview.PANELS}
 
 
 def test_footnotes_name_only_what_is_there():
