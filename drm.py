@@ -16,7 +16,7 @@ All the rest is DrQ-v2 (Yarats et al. 2022): s is the encoder's features of rand
 clipped noise sigma; the critic's loss trains critic and encoder, and the actor maximises min_k Q_k(s, pi(s)).
 `--stddev-type drqv2 --perturb-every 0 --target-lambda 0` is DrQ-v2, bit for bit (on a CPU, as adaptive_rr.py's update).
 
-    SCALE=small bash benchmark/drm_cpu.sh                   the ratio, and two perturbations, on a CPU
+    SCALE=small bash benchmark/drm_cpu.sh                   the ratio and two perturbations on a CPU: 3 runs of 22 min
     python drm.py --env-id dm_control/hopper-hop-v0         the official code's setting: for a GPU, not run yet
     SCALE=paper bash benchmark/drm_fig6_hard.sh             the hard tasks; others: see README.md
 
@@ -25,7 +25,7 @@ What the ratio measures is easy to get wrong. The two hidden layers count after 
 norm, the head before its tanh, as in the official code, where that follows from a ReLU in place. Before the ReLU hardly
 any unit would be dormant. A layer that is silent altogether counts as not dormant at all (0 < 0 is false); Sokar et
 al.'s definition, logged as plasticity/dormant_ratio_tau*, counts it whole. A newly drawn actor has a ratio well above 0
-(0.2 to 0.5, more where the pictures are alike): a perturbation pulls the ratio there, which may be up or down.
+(0.2 to 0.5 on such tasks, more where the pictures are alike): a perturbation pulls the ratio there, which may be up or down.
 Where the paper (as others report it) and the official code differ, this file follows the code; a flag has the other:
  a. "All parameters" are perturbed; in the code those of linear layers (--perturb-scope all). The encoder has none, and
     yet its Adam state starts anew with all others.
