@@ -24,8 +24,8 @@ What is new here stands under "The dormant ratio and what it steers", in `drm_up
 What the ratio measures is easy to get wrong. The two hidden layers count after their ReLU, the trunk before its layer
 norm, the head before its tanh, as in the official code, where that follows from a ReLU in place. Before the ReLU hardly
 any unit would be dormant. A layer that is silent altogether counts as not dormant at all (0 < 0 is false); Sokar et
-al.'s definition, logged as plasticity/dormant_ratio_tau*, counts it whole. A newly drawn actor has a ratio well above 0
-(0.2 to 0.5 on such tasks, more where the pictures are alike): a perturbation pulls the ratio there, which may be up or down.
+al.'s definition, logged as plasticity/dormant_ratio_tau*, counts it whole. A newly drawn actor has a ratio of 0.2 to
+0.5 on such tasks, more where the pictures are alike: a perturbation pulls the ratio there, which may be up or down.
 Where the paper (as others report it) and the official code differ, this file follows the code; a flag has the other:
  a. "All parameters" are perturbed; in the code those of linear layers (--perturb-scope all). The encoder has none, and
     yet its Adam state starts anew with all others.
