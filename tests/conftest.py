@@ -24,3 +24,9 @@ def clean_slate(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """What a module's runs have learned, by flags."""
+    return {}

@@ -57,6 +57,16 @@ def assert_same(a, b, where="checkpoint"):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
+def assert_new_outcome(script, flags, more, outcomes):
+    """Each of [] and `more` makes the script learn what no other flags in `outcomes`, {flags: outcome}, made it learn."""
+    for given in ([], more):
+        if str(given) not in outcomes:
+            learned = checkpoint(run(script, *flags, *given))["agent"]
+            outcome = sum(float(value.double().sum()) for value in learned.values() if value.isfinite().all())
+            assert outcome not in outcomes.values()
+            outcomes[str(given)] = outcome
+
+
 def scalars(run_dir):
     """tag -> {global_step: value}, without the clocks."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
