@@ -58,7 +58,7 @@ def assert_same(a, b, where="checkpoint"):
 
 
 def assert_new_outcome(script, flags, more, outcomes):
-    """Each of [] and `more` makes the script learn what no other flags in `outcomes`, {flags: outcome}, made it learn."""
+    """Each of [] and `more` makes the script learn what no other flags in `outcomes` (flags: outcome) made it learn."""
     for given in ([], more):
         if str(given) not in outcomes:
             learned = checkpoint(run(script, *flags, *given))["agent"]
