@@ -92,6 +92,7 @@ def aggregate(runs, arms, out) -> None:
     tasks, seeds = len(group(runs, task_of)), group(runs, lambda run: (drq.arm(run), task_of(run)))
     title = f"{tasks} task{'s' * (tasks > 1)}, {seeds_text(seeds.values())}"
     axis.set(title=title, xlabel=unit, ylabel="IQM of returns")
+    axis.locator_params(axis="x", nbins=4)
     axis.legend(frameon=False, fontsize=7)
     save(figure, rows, out, "Bands: 95% stratified bootstrap intervals over runs x tasks.")
 

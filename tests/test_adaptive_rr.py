@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ADAPTIVE, assert_same, checkpoint, scalars
-from test_drqv2_plasticity_runs import make_serial_envs, stopped_run
+from test_drqv2_plasticity_runs import assert_resume_is_bit_identical, make_serial_envs, stopped_run
 
 import adaptive_rr as rr
 
@@ -218,11 +218,7 @@ def test_ratios_by_flag(serial, monkeypatch):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("stop", [60, 73, 85])
 def test_resume_across_the_switch_is_bit_identical(flags, stop, serial, monkeypatch):
-    whole = run(*ADAPTIVE, *flags)
-    part = stopped_run(stop, monkeypatch, *ADAPTIVE, *flags, script=rr)
-    run("--resume", part)
-    assert_same(checkpoint(whole), checkpoint(part))
-    assert scalars(whole) == scalars(part)
+    assert_resume_is_bit_identical(stop, monkeypatch, *ADAPTIVE, *flags, script=rr)
 
 
 def test_static_is_drqv2_of_the_study(serial, monkeypatch):

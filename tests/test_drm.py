@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import ADAPTIVE, DRM, PIXELS, assert_same, checkpoint, scalars
-from test_drqv2_plasticity_runs import make_serial_envs, stopped_run
+from test_drqv2_plasticity_runs import assert_resume_is_bit_identical, make_serial_envs, stopped_run
 
 import adaptive_rr as rr
 import drm
@@ -515,11 +515,7 @@ def test_perturbations_happen_where_they_should(serial, monkeypatch):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("stop", [49, 50, 73])
 def test_resume_across_a_perturbation_is_bit_identical(flags, stop, serial, monkeypatch):
-    whole = run(*DRM, *flags)
-    part = stopped_run(stop, monkeypatch, *DRM, *flags, script=drm)
-    run("--resume", part)
-    assert_same(checkpoint(whole), checkpoint(part))
-    assert scalars(whole) == scalars(part)
+    assert_resume_is_bit_identical(stop, monkeypatch, *DRM, *flags, script=drm)
 
 
 def test_the_checkpoint_carries_the_ratio_and_the_awakening(serial, monkeypatch):

@@ -274,9 +274,13 @@ def test_evaluation_plays_whole_episodes_and_draws_nothing(serial):
 @pytest.mark.parametrize("stop", [60, 73])
 def test_resume_is_bit_identical(flags, stop, serial, monkeypatch):
     """Stopped at an episode's end and in the middle of one."""
-    whole = run(*PIXELS, *flags)
-    part = stopped_run(stop, monkeypatch, *PIXELS, *flags)
-    run("--resume", part)
+    assert_resume_is_bit_identical(stop, monkeypatch, *PIXELS, *flags)
+
+
+def assert_resume_is_bit_identical(stop, monkeypatch, *flags, script=drq):
+    whole = helpers.run(script, *flags)
+    part = stopped_run(stop, monkeypatch, *flags, script=script)
+    helpers.run(script, "--resume", part)
     assert_same(checkpoint(whole), checkpoint(part))
     assert scalars(whole) == scalars(part)
 
