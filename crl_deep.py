@@ -890,6 +890,18 @@ def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryW
     return SummaryWriter(str(run_dir), purge_step=first_step)
 
 
+def fast_cpu() -> None:
+    """On a CPU: numbers too small for float32's normal range become 0, and float32 matrix products go through oneDNN
+    instead of MKL where a self-test finds them as exact (CPUs without bfloat16 matrix units): on AMD twice as fast.
+
+    torch.set_float32_matmul_precision must come before: it undoes this."""
+    torch.set_flush_denormal(True)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    if ((x @ x).double() - x.double() @ x.double()).abs().max() > 1e-3:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
 # === The algorithm ====================================================================================================
 def train(args: Args) -> Path:
     """Trains, logs to a new folder under runs/ (or to args.resume), and returns that folder."""
@@ -902,6 +914,8 @@ def train(args: Args) -> Path:
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device = torch.device(args.device)
+    if device.type == "cpu":
+        fast_cpu()
 
     seed, threads = (args.seed, 0), args.num_threads
     envs = MujocoEnvs(args.env_id, args.num_envs, args.episode_length, seed, threads, args.fixed_resets)
