@@ -39,6 +39,7 @@ Not in this file: the study of why (drqv2_plasticity.py), Atari-100k.
 
 import copy
 import difflib
+import fcntl
 import json
 import math
 import multiprocessing
@@ -46,12 +47,15 @@ import os
 import platform
 import random
 import signal
+import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import gymnasium
 import numpy as np
@@ -230,6 +234,64 @@ def make_envs(args, num_envs: int) -> AsyncVectorEnv:
     The processes descend from a server that has neither touched the GPU nor opened a renderer."""
     return AsyncVectorEnv([partial(make_env, args.env_id, args.image_size)] * num_envs, context="forkserver",
                           autoreset_mode=AutoresetMode.DISABLED)  # fmt: skip
+
+
+class Environments:
+    """`num_envs` environments, each in a process of its own, that survive the death of one.
+
+    step and step_wait then return None; the next reset starts new processes. That happens three times; after the fourth
+    death `stop`, a list, gets the program's exit code, and reset returns None too.
+    """
+
+    def __init__(self, args, num_envs: int, stop: list):
+        self.args, self.num_envs, self.stop = args, num_envs, stop
+        self.envs, self.deaths = None, 0
+        self.start()
+
+    def start(self) -> None:
+        while self.envs is None and self.deaths <= 3:
+            try:
+                self.envs = make_envs(self.args, self.num_envs)
+            except (EOFError, OSError) as error:
+                self.bury(error)
+
+    def bury(self, error: Exception) -> None:
+        self.close()
+        self.deaths += 1
+        times = "started anew" if self.deaths <= 3 else "for the fourth time: saving"
+        print(f"{SCRIPT}.py: an environment's process died ({type(error).__name__}), {times}", file=sys.stderr)
+        if self.deaths > 3:
+            self.stop.append(1)
+
+    def call(self, method: str, *values, **options):
+        try:
+            return None if self.envs is None else getattr(self.envs, method)(*values, **options)
+        except (EOFError, OSError) as error:
+            self.bury(error)
+
+    def reset(self, **options) -> tuple | None:
+        result = None
+        while result is None and self.deaths <= 3:
+            self.start()
+            result = self.call("reset", **options)
+        return result
+
+    def step(self, action: np.ndarray) -> tuple | None:
+        return self.call("step", action)
+
+    def step_async(self, action: np.ndarray) -> None:
+        self.call("step_async", action)
+
+    def step_wait(self) -> tuple | None:
+        return self.call("step_wait")
+
+    def close(self) -> None:
+        for process in getattr(self.envs, "processes", ()):  # their own way to close waits for the dead
+            process.kill()
+            process.join()
+        if self.envs is not None:
+            self.envs.closed = True
+        self.envs = None
 
 
 def episode_seed(*numbers: int) -> int:
@@ -442,8 +504,11 @@ class DrQv2Agent(nn.Module):
 # === Adaptive replay ratio ============================================================================================
 def fau(activations: list) -> torch.Tensor:
     """Fraction of active units (Eq. 1): the share of positive elements in a list of tensors (batch, ...), all after a
-    ReLU. Every element counts the same: an average over batch and positions, not one minus the dormant ratio."""
-    return sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
+    ReLU. Every element counts the same: an average over batch and positions, not one minus the dormant ratio. NaN when
+    an element is not finite."""
+    active = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
+    finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
+    return torch.where(finite, active, math.nan)
 
 
 class PlateauDetector:
@@ -504,10 +569,11 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite.
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
-    return mean / mean.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    average = mean.mean()
+    return torch.where(average.isfinite(), mean / average.clamp_min(torch.finfo(torch.float32).tiny), math.nan)
 
 
 def forget(optimizer, parameter, mask) -> None:
@@ -698,21 +764,30 @@ def act(agent, obs, stddev: float, uniform: bool, generator) -> np.ndarray:
 
 def play_evaluation(agent, envs, args, draw: int, device, stop=()) -> dict:
     """eval_episodes whole episodes with the mean action, several side by side -> metrics. Draws no random number from
-    torch. `draw` numbers the evaluation and so seeds its episodes. A signal in the list `stop` ends it: no metrics."""
+    torch. `draw` numbers the evaluation and so seeds its episodes. No metrics when `stop` is no
+    longer empty, or when an action is not finite."""
     returns, lengths, n = [], [], envs.num_envs
     while len(returns) < args.eval_episodes:
-        frame, _ = envs.reset(seed=[episode_seed(args.seed, 1, draw, len(returns) + i) for i in range(n)])
+        played = envs.reset(seed=[episode_seed(args.seed, 1, draw, len(returns) + i) for i in range(n)])
+        if played is None:
+            return {}
+        frame, _ = played
         obs = torch.from_numpy(frame).to(device).repeat(1, 3, 1, 1)
         episode_return, episode_length, running = np.zeros(n), np.zeros(n, int), np.ones(n, bool)
         while running.any():
             with torch.no_grad():
                 action = agent.mean_action(obs).cpu().numpy()
-            frame, reward, terminated, truncated, _ = envs.step(action)
+            if stop or not np.isfinite(action).all():
+                return {}
+            played = envs.step(action)
+            if played is None:  # a process died: these episodes are played again
+                break
+            frame, reward, terminated, truncated, _ = played
             obs = torch.cat([obs[:, 3:], torch.from_numpy(frame).to(device)], 1)
             episode_return, episode_length = episode_return + reward * running, episode_length + running
             running &= ~(terminated | truncated)
-            if stop:
-                return {}
+        if running.any():
+            continue
         returns, lengths = returns + episode_return.tolist(), lengths + episode_length.tolist()
     k = args.eval_episodes
     return {
@@ -757,6 +832,7 @@ def resolve_args(args: Args) -> Args:
     def whole(ratio):  # k or 1/k
         return 1e-6 < ratio < 1e6 and abs(max(ratio, 1 / ratio) - round(max(ratio, 1 / ratio))) < 1e-6
 
+    check_numbers(args)
     wrong = {  # limit -> the arguments that break it
         "must be greater than 0": [n for n in (
             "total_timesteps", "batch_size", "n_step", "learning_rate", "feature_dim", "hidden_dim", "stddev_steps",
@@ -798,8 +874,7 @@ def resolve_args(args: Args) -> Args:
         "torch sees no such device here": [n for n in ("device", "buffer_device") if missing.get(value[n])],
         f"needs --device cuda, not {args.device}": ["cudagraphs"] * (args.cudagraphs and args.device != "cuda"),
     }  # fmt: skip
-    infinite = [n for n, v in value.items() if isinstance(v, float) and not math.isfinite(v)]
-    for limit, names in ({"must be a finite number": infinite} | wrong).items():
+    for limit, names in wrong.items():
         for name in names:
             refuse(name, value[name], limit)
     for name, other in NEEDS.items():
@@ -822,17 +897,22 @@ def resolve_args(args: Args) -> Args:
 
     frame_bytes = 3 * args.image_size**2 + 4 * (3 + math.prod(actions.shape))
     replay_bytes = replay_capacity(args) * frame_bytes
-    work_bytes = 5e8 + 500 * args.batch_size * args.image_size**2
+    feature_size = 32 * ((args.image_size - 3) // 2 - 5) ** 2
+    needed = {  # rough bytes but for the replay, by flag; a weight has a gradient and two moments
+        "batch_size": 5e8 + 500 * args.batch_size * args.image_size**2,
+        "hidden_dim": 16 * 5 * args.hidden_dim**2,
+        "feature_dim": 16 * 4 * args.feature_dim * (feature_size + args.hidden_dim),
+    }
     if args.buffer_device == "auto":
-        fits = args.device == "cuda" and replay_bytes + work_bytes < 0.9 * memory("cuda")
+        fits = args.device == "cuda" and replay_bytes + sum(needed.values()) < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
-    needed = {args.device: work_bytes}
-    needed[args.buffer_device] = needed.get(args.buffer_device, 0) + replay_bytes
-    for device, total in needed.items():
-        if total > memory(device):
-            name = "buffer_size" if device == args.buffer_device and replay_bytes > work_bytes else "batch_size"
-            limit = f"the run needs about {total / 1e9:.1f} GB, {device} has {memory(device) / 1e9:.1f} GB"
-            refuse(name, value[name], limit)
+    for device in {args.device, args.buffer_device}:
+        here = needed if device == args.device else {}
+        here = here | dict(buffer_size=replay_bytes) if device == args.buffer_device else here
+        gigabytes, limit = sum(here.values()) / 1e9, memory(device) / 1e9
+        if gigabytes > limit:
+            name = max(here, key=here.get)
+            refuse(name, value[name], f"the run needs about {gigabytes:.1f} GB, {device} has {limit:.1f} GB")
     try:
         if args.track:
             import wandb  # noqa: F401
@@ -846,13 +926,38 @@ def replay_capacity(args) -> int:
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 
+def has_type(value, kind) -> bool:
+    """Whether a flag of this type can have this value."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(has_type(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) in (Union, UnionType):
+        return any(has_type(value, part) for part in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def check_numbers(args: Args) -> None:
+    """Refuses numbers that no flag can mean."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                refuse(name, value, "must be a finite number")
+            if isinstance(number, int) and abs(number) > 10**12:
+                refuse(name, value, "must be at most 10**12")
+
+
 def parse_args(command_line: list) -> Args:
     """The command line -> arguments; with --resume, those not given come from the run's args.json."""
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
         return args
     path = Path(args.resume) / "args.json"
-    if not path.exists() or not (Path(args.resume) / "checkpoint.pt").exists():
+    try:
+        complete = path.is_file() and path.with_name("checkpoint.pt").is_file()
+    except OSError:  # the name is too long for a file
+        complete = False
+    if not complete:
         refuse("resume", args.resume, "is not a run folder with args.json and checkpoint.pt")
     try:
         description = json.loads(path.read_text())
@@ -860,7 +965,10 @@ def parse_args(command_line: list) -> Args:
             refuse("resume", args.resume, f"is a run of another script ({description['script']})")
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in description["args"].items()}
         saved = Args(**saved)
-    except (ValueError, KeyError, TypeError) as error:
+        for name, kind in get_type_hints(Args).items():
+            if not has_type(getattr(saved, name), kind):
+                raise TypeError(f"{name} is {getattr(saved, name)!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         refuse("resume", args.resume, f"has an args.json that this version cannot read ({error})")
     args = tyro.cli(Args, args=command_line, default=saved)
     for name in [field.name for field in fields(Args) if field.name not in RESUMABLE]:
@@ -869,22 +977,62 @@ def parse_args(command_line: list) -> Args:
     return args
 
 
+def lock_folder(run_dir: Path, args: Args):
+    """Creates a new run's folder, and locks it for this process alone -> the open lock file."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+        lock = open(run_dir / "lock", "w")
+    except OSError as error:
+        flag = "exp_name" if args.resume is None else "resume"
+        refuse(flag, getattr(args, flag), f"cannot create the folder {run_dir} ({error.strerror})")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        refuse("resume", str(run_dir), "another process is working on this run")
+    return lock
+
+
+@contextmanager
+def restoring(run_dir: Path, lock):
+    """Around what reads a checkpoint: one that does not fit ends the program with one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        lock.close()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        refuse("resume", str(run_dir), f"has a checkpoint.pt that does not fit ({reason})")
+    except SystemExit:
+        lock.close()
+        raise
+
+
+@contextmanager
+def writing(run_dir: Path):
+    """Around what writes to the run's folder: a full disk or a vanished folder ends the program with one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+        reason = " ".join(str(error).split())[:200]
+        print(f"{SCRIPT}.py: error: cannot write to {run_dir}: {reason}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def save_file(path: Path, content) -> None:
     """Writes a .json, .npz or .pt file whole or not at all: a temporary file takes the old one's place when done."""
     temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if path.suffix == ".json":
-                file.write(json.dumps(content, indent=2).encode())
-            elif path.suffix == ".npz":
-                np.savez_compressed(file, **content)
-            else:
-                torch.save(content, file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        print(f"{SCRIPT}.py: error: could not write {path}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    with writing(path.parent):
+        try:
+            with open(temporary, "wb") as file:
+                if path.suffix == ".json":
+                    file.write(json.dumps(content, indent=2).encode())
+                elif path.suffix == ".npz":
+                    np.savez_compressed(file, **content)
+                else:
+                    torch.save(content, file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def fixed_args(args: Args) -> dict:
@@ -893,26 +1041,28 @@ def fixed_args(args: Args) -> dict:
 
 
 def load_checkpoint(run_dir: Path, args: Args) -> dict:
-    """A run's checkpoint.pt: tensors and plain Python only."""
+    """A run's checkpoint.pt: tensors and plain Python only. The replay is mapped into memory, so that it is not there
+    twice; all else is copied, because optimizers keep the tensors that they are given."""
     try:
-        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        saved = {name: value if name == "replay" else copy.deepcopy(value) for name, value in saved.items()}
         same = saved["args"] == fixed_args(args)
     except Exception as error:
         refuse("resume", str(run_dir), f"has a checkpoint.pt that cannot be read ({type(error).__name__})")
     if not same:
         refuse("resume", str(run_dir), "has a checkpoint.pt of another run")
-    if saved["global_step"] > args.total_timesteps:
+    if not 0 <= saved["global_step"] <= args.total_timesteps:
         refuse("total_timesteps", args.total_timesteps, f"the run has already taken {saved['global_step']} steps")
     return saved
 
 
 def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryWriter:
-    """Creates the run's folder with args.json. What a killed part of it had logged from first_step on is dropped."""
+    """Writes args.json. What a killed part of the run had logged from first_step on is dropped."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
-        run_dir.mkdir(parents=True, exist_ok=first_step is not None)
-    except OSError as error:
-        refuse("exp_name", args.exp_name, f"cannot create the folder {run_dir} ({error.strerror})")
-    git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
     modules = [module for module in globals().values() if hasattr(module, "__version__")]
     versions = {module.__name__: str(module.__version__) for module in modules}
     versions |= {"python": platform.python_version(), "git": git}
@@ -924,6 +1074,11 @@ def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryW
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, config=asdict(args),
                    sync_tensorboard=True)  # fmt: skip
     return SummaryWriter(str(run_dir), purge_step=first_step)
+
+
+def not_finite(metrics: dict) -> list:
+    """The names of the losses that are no finite numbers: the networks have diverged."""
+    return [tag for tag, value in metrics.items() if tag.startswith("losses/") and not math.isfinite(value)]
 
 
 def fast_cpu() -> None:
@@ -954,8 +1109,12 @@ def train(args: Args) -> Path:
     if device.type == "cpu":
         fast_cpu()
 
-    envs, eval_envs = make_envs(args, 1), make_envs(args, min(args.eval_episodes, os.cpu_count()))
-    action_dim = math.prod(envs.single_action_space.shape)
+    stop = []  # the exit code, when the run is to stop
+    envs = Environments(args, 1, stop)
+    eval_envs = Environments(args, min(args.eval_episodes, os.cpu_count()), stop)
+    if stop:
+        raise SystemExit(stop[0])
+    action_dim = math.prod(envs.envs.single_action_space.shape)
     agent = DrQv2Agent(action_dim, args).to(device, memory_format=torch.channels_last)
     optimizers = drqv2_optimizers(agent, args, device)
     detector = PlateauDetector(
@@ -973,21 +1132,24 @@ def train(args: Args) -> Path:
     start |= dict(episode_fau=None, episode_updates=0)
     if args.resume:
         run_dir = Path(args.resume)
-        start = load_checkpoint(run_dir, args)
-        agent.load_state_dict(start["agent"])
-        for optimizer, saved in zip(optimizers, start["optimizers"]):
-            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
-            for p, state in optimizer.state.items():  # another device may want another memory layout
-                state.update({k: torch.empty_like(p).copy_(v) for k, v in state.items() if v.shape == p.shape})
-        detector.load_state_dict(start["detector"])
-        torch.set_rng_state(start["torch_rng"])
-        if device.type == "cuda" and start["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(start["cuda_rng"])
-        for name, generator in rng.items():
-            generator.set_state(start["rng"][name])
+        lock = lock_folder(run_dir, args)
+        with restoring(run_dir, lock):
+            start = load_checkpoint(run_dir, args)
+            agent.load_state_dict(start["agent"])
+            for optimizer, saved in zip(optimizers, start["optimizers"]):
+                optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+                for p, state in optimizer.state.items():  # another device may want another memory layout
+                    state.update({k: torch.empty_like(p).copy_(v) for k, v in state.items() if v.shape == p.shape})
+            detector.load_state_dict(start["detector"])
+            torch.set_rng_state(start["torch_rng"])
+            if device.type == "cuda" and start["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(start["cuda_rng"])
+            for name, generator in rng.items():
+                generator.set_state(start["rng"][name])
     else:
         name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
         run_dir = Path("runs") / name
+        lock = lock_folder(run_dir, args)
     global_step, gradient_steps, episode, evaluated, switch_step, learning_from, count, walltime = (start[k] for k in (
         "global_step", "gradient_steps", "episode", "evaluated", "switch_step", "learning_from", "count",
         "walltime"))  # fmt: skip
@@ -1001,18 +1163,25 @@ def train(args: Args) -> Path:
         episode_fau, episode_updates = 0, 0  # the interrupted episode begins again
     # The simulator's state is not in the checkpoint: the same seed and the same actions lead to it again
     options = {"actions": np.array(episode_actions, np.float32)}
-    frame = envs.reset(seed=[episode_seed(args.seed, 0, episode)], options=options)[0][0]
+    played = envs.reset(seed=[episode_seed(args.seed, 0, episode)], options=options)
+    if played is None:
+        raise SystemExit(stop[0])
+    frame = played[0][0]
+    begun = False
     if start["replay"] is not None:
-        replay.load_state_dict(start["replay"])
+        with restoring(run_dir, lock):
+            replay.load_state_dict(start["replay"])
         last = replay.newest()[0, -3:].cpu().numpy()
-        if np.abs(frame.astype(int) - last).mean() > 1:  # renderers may differ by rounding
+        begun = np.abs(frame.astype(int) - last).mean() <= 1  # renderers may differ by rounding
+        if episode_actions and not begun:
+            lock.close()
             refuse("resume", args.resume, "the environment plays the episode that was interrupted differently here")
-    else:
+    if not begun:
         replay.add_first(frame)
     del start
 
     writer = start_logging(args, run_dir, first_step=global_step + 1 if args.resume else None)
-    start_time, captured, stop = time.time(), None, []
+    start_time, captured = time.time(), None
     first_step = timer_step = global_step
     timer, paused = time.time(), 0.0  # for the speed since the last log
     if args.compile:  # once per batch size and kind of gradient
@@ -1021,13 +1190,19 @@ def train(args: Args) -> Path:
             module.compile(dynamic=False)
 
     def request_stop(number, frame):
-        stop.append(number)
+        stop.append(128 + number)
         signal.signal(number, signal.SIG_DFL)
         os.write(2, b"\nsaving; once more to stop at once\n")
 
+    def give_up(reason):
+        print(f"{SCRIPT}.py: error: {reason}: saving", file=sys.stderr)
+        stop.append(1)
+
     def log(values):
-        for tag, value in values.items():
-            writer.add_scalar(tag, float(value), global_step)
+        values = {tag: float(value) for tag, value in values.items()}
+        with writing(run_dir):
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, global_step)
 
     def not_training(function):  # its time does not count for the speed
         def timed():
@@ -1047,15 +1222,17 @@ def train(args: Args) -> Path:
 
     @not_training
     def save_checkpoint():
-        writer.flush()
+        with writing(run_dir):
+            writer.flush()
+        unfinished = global_step < args.total_timesteps  # nobody continues from a finished run's replay
         save_file(run_dir / "checkpoint.pt", dict(
             args=fixed_args(args), agent=agent.state_dict(), optimizers=[o.state_dict()["state"] for o in optimizers],
             detector=detector.state_dict(), switch_step=switch_step, sums=sums, count=count,
             episode_fau=episode_fau if episode_updates else None, episode_updates=episode_updates,
             rng={name: generator.get_state() for name, generator in rng.items()}, torch_rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            replay=replay.state_dict() if args.checkpoint_replay else None, episode=episode,
-            episode_actions=[action.tolist() for action in episode_actions], episode_return=episode_return,
+            replay=replay.state_dict() if args.checkpoint_replay and unfinished else None, episode=episode,
+            episode_actions=[np.asarray(action).tolist() for action in episode_actions], episode_return=episode_return,
             global_step=global_step, gradient_steps=gradient_steps, evaluated=-1 if stop else evaluated,
             learning_from=learning_from, walltime=walltime + time.time() - start_time))  # fmt: skip
 
@@ -1083,6 +1260,8 @@ def train(args: Args) -> Path:
     while True:
         if global_step == args.total_timesteps or (global_step % args.eval_every == 0 and global_step != evaluated):
             result, evaluated = run_evaluation(), global_step
+            if not result and not stop:
+                give_up(f"the actor's output is not finite at step {global_step}")
         if global_step == args.total_timesteps:
             break
         if global_step >= learning_from and not len(replay):
@@ -1105,6 +1284,9 @@ def train(args: Args) -> Path:
         # Act: the environment plays this step in its own process ...
         uniform = global_step < args.exploration_steps
         action = act(agent, replay.newest().to(device), stddev_at(global_step, args), uniform, rng["act"])
+        if not np.isfinite(action).all():
+            give_up(f"the actor's output is not finite since step {global_step}")
+            break
         envs.step_async(action)
 
         # Learn: ... while the networks learn from the steps before it
@@ -1118,14 +1300,21 @@ def train(args: Args) -> Path:
                         events[tag] = events.get(tag, 0) + recycled
 
         # Observe
-        frame, reward, terminated, truncated, _ = envs.step_wait()
-        replay.add(action[0], reward[0], terminated[0], frame[0])
-        episode_actions.append(action[0])
-        global_step, episode_return = global_step + 1, episode_return + float(reward[0])
+        played = envs.step_wait()
+        global_step += 1
         bar.update()
-        if terminated[0] or truncated[0]:
+        if played is None:  # the environment's process died: the episode is cut here, without this step
+            over = True
+        else:
+            frame, reward, terminated, truncated, _ = played
+            replay.add(action[0], reward[0], terminated[0], frame[0])
+            episode_actions.append(action[0])
+            episode_return += float(reward[0])
+            over = terminated[0] or truncated[0]
+        if over and played is not None:
             events |= {"charts/episodic_return": episode_return, "charts/episodic_length": len(episode_actions)}
             bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
+        if over:
             episode, episode_actions, episode_return = episode + 1, [], 0.0
             if episode_updates:
                 average = float(episode_fau) / episode_updates
@@ -1134,12 +1323,17 @@ def train(args: Args) -> Path:
                 events["adaptive_rr/fau_episode"] = average
                 if check is not None:
                     events["adaptive_rr/fau_checkpoint"], events["adaptive_rr/fau_delta"] = check
-            replay.add_first(envs.reset(seed=[episode_seed(args.seed, 0, episode)])[0][0])
+            played = envs.reset(seed=[episode_seed(args.seed, 0, episode)])
+            if played is not None:
+                replay.add_first(played[0][0])
 
         # Log, save
         log(events)
         if global_step % args.log_every == 0:
-            log({tag: total / count for tag, total in sums.items()} | {
+            averages = {tag: float(total / count) for tag, total in sums.items()}
+            if not_finite(averages) and not stop:
+                give_up(f"{not_finite(averages)[0]} is not finite, after step {timer_step}")
+            log(averages | {
                 "charts/stddev": stddev_at(global_step, args), "charts/gradient_steps": gradient_steps,
                 "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": walltime + time.time() - start_time,
                 "charts/replay_ratio": replay_ratio if learning else 0,
@@ -1151,20 +1345,23 @@ def train(args: Args) -> Path:
             save_checkpoint()
 
     save_checkpoint()
-    writer.close()
+    with writing(run_dir):
+        writer.close()
     bar.close()
     envs.close()
     eval_envs.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stop:
-        raise SystemExit(128 + stop[0])
+        lock.close()
+        raise SystemExit(stop[0])
     if args.save_model:
         save_file(run_dir / "model.pt", agent.state_dict())
     summary = dict(global_step=global_step, gradient_steps=gradient_steps, switch_step=switch_step)
     summary["walltime"] = walltime + time.time() - start_time
     save_file(run_dir / "summary.json", summary | result)
     print(f"{run_dir}: mean return {result['eval/episodic_return']:.1f} over {result['eval/episodes']:g} episodes")
+    lock.close()
     return run_dir
 
 

@@ -36,17 +36,22 @@ best of K samples, the SAC / TD3 / HER / GCBC baselines.
 """
 
 import copy
+import fcntl
 import json
+import math
 import os
 import platform
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import UnionType
+from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import gymnasium
 import mujoco
@@ -407,10 +412,11 @@ class Replay:
         return self.state[anchor_time, env], self.action[anchor_time, env], goal
 
     def state_dict(self) -> dict:
-        filled = {name: getattr(self, name)[: self.size].cpu() for name in ("state", "action", "episode")}
-        if self.size < self.capacity:  # torch.save would write all of the tensor that a part is a view of
-            filled = {name: value.clone() for name, value in filled.items()}
-        return filled | {"size": self.size, "pointer": self.pointer}
+        state = {"size": self.size, "pointer": self.pointer}
+        for name in ("state", "action", "episode"):
+            # Through NumPy: the filled part without a copy, where a mere view of the tensor would save all of it
+            state[name] = torch.from_numpy(getattr(self, name)[: self.size].cpu().numpy())
+        return state
 
     def load_state_dict(self, saved: dict) -> None:
         self.size = saved["size"]  # a longer run than the saved one has a longer ring, which is then not full
@@ -764,6 +770,8 @@ def resolve_args(args: Args) -> Args:
         "buffer_size": min(args.buffer_size, args.total_timesteps) * step_size,
         "depth": networks,
         "batch_size": 16 * args.batch_size**2,
+        "repr_dim": 16 * args.repr_dim * (2 * args.critic_width + args.batch_size),
+        "gradient_steps": 60 * args.gradient_steps * args.batch_size,
         "eval_episodes": 2 * args.eval_episodes * args.episode_length * step_size,
     }
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
@@ -771,6 +779,7 @@ def resolve_args(args: Args) -> Args:
         fits = args.device == "cuda" and not missing["cuda"] and sum(needed.values()) < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
+    check_numbers(args)
     value, episodes = vars(args), args.num_envs * args.episode_length
     to_learn = args.learning_starts + 2 * args.num_envs * args.unroll_length
     same_robot = args.eval_env_id.split("_")[0] == args.env_id.split("_")[0]
@@ -780,6 +789,7 @@ def resolve_args(args: Args) -> Args:
         "must not be negative": [n for n in ("num_threads", "logsumexp_coef") if not value[n] >= 0],
         "must be a multiple of 4: a block has 4 Dense layers":
             [n for n in ("depth", "actor_depth", "critic_depth") if value[n] % 4],
+        "must be at most 1024": ["num_threads"] * (args.num_threads > 1024),
         "must not contain /": ["exp_name"] * ("/" in args.exp_name),
         "must lie between 0 and 1, exclusive": ["gamma"] * (not 0 < args.gamma < 1),
         "must be at least 2 steps": ["episode_length"] * (args.episode_length == 1),
@@ -795,7 +805,8 @@ def resolve_args(args: Args) -> Args:
     for limit, names in wrong.items():
         for name in names:
             refuse(name, value[name], limit)
-    places = dict(buffer_size=args.buffer_device, depth=args.device, batch_size=args.device, eval_episodes="cpu")
+    places = dict(buffer_size=args.buffer_device, depth=args.device, batch_size=args.device, eval_episodes="cpu",
+                  repr_dim=args.device, gradient_steps=args.buffer_device)  # fmt: skip
     for device in set(places.values()):
         here = {name: needed[name] for name in needed if places[name] == device}
         gigabytes, limit = sum(here.values()) / 1e9, memory(device) / 1e9
@@ -810,13 +821,38 @@ def resolve_args(args: Args) -> Args:
     return args
 
 
+def has_type(value, kind) -> bool:
+    """Whether a flag of this type can have this value."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(has_type(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) in (Union, UnionType):
+        return any(has_type(value, part) for part in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def check_numbers(args: Args) -> None:
+    """Refuses numbers that no flag can mean."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                refuse(name, value, "must be a finite number")
+            if isinstance(number, int) and abs(number) > 10**12:
+                refuse(name, value, "must be at most 10**12")
+
+
 def parse_args(command_line: list) -> Args:
     """The command line -> arguments; with --resume, those not given come from the run's args.json."""
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
         return args
     path = Path(args.resume) / "args.json"
-    if not path.exists() or not (Path(args.resume) / "checkpoint.pt").exists():
+    try:
+        complete = path.is_file() and path.with_name("checkpoint.pt").is_file()
+    except OSError:  # the name is too long for a file
+        complete = False
+    if not complete:
         refuse("resume", args.resume, "is not a run folder with args.json and checkpoint.pt")
     try:
         description = json.loads(path.read_text())
@@ -824,7 +860,10 @@ def parse_args(command_line: list) -> Args:
             refuse("resume", args.resume, f"is a run of another script ({description['script']})")
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in description["args"].items()}
         saved = Args(**saved)
-    except (ValueError, KeyError, TypeError) as error:
+        for name, kind in get_type_hints(Args).items():
+            if not has_type(getattr(saved, name), kind):
+                raise TypeError(f"{name} is {getattr(saved, name)!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         refuse("resume", args.resume, f"has an args.json that this version cannot read ({error})")
     args = tyro.cli(Args, args=command_line, default=saved)
     for name in [field.name for field in fields(Args) if field.name not in RESUMABLE]:
@@ -833,22 +872,62 @@ def parse_args(command_line: list) -> Args:
     return args
 
 
+def lock_folder(run_dir: Path, args: Args):
+    """Creates a new run's folder, and locks it for this process alone -> the open lock file."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+        lock = open(run_dir / "lock", "w")
+    except OSError as error:
+        flag = "exp_name" if args.resume is None else "resume"
+        refuse(flag, getattr(args, flag), f"cannot create the folder {run_dir} ({error.strerror})")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        refuse("resume", str(run_dir), "another process is working on this run")
+    return lock
+
+
+@contextmanager
+def restoring(run_dir: Path, lock):
+    """Around what reads a checkpoint: one that does not fit ends the program with one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        lock.close()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        refuse("resume", str(run_dir), f"has a checkpoint.pt that does not fit ({reason})")
+    except SystemExit:
+        lock.close()
+        raise
+
+
+@contextmanager
+def writing(run_dir: Path):
+    """Around what writes to the run's folder: a full disk or a vanished folder ends the program with one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+        reason = " ".join(str(error).split())[:200]
+        print(f"{SCRIPT}.py: error: cannot write to {run_dir}: {reason}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def save_file(path: Path, content) -> None:
     """Writes a .json, .npz or .pt file whole or not at all: a temporary file takes the old one's place when done."""
     temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if path.suffix == ".json":
-                file.write(json.dumps(content, indent=2).encode())
-            elif path.suffix == ".npz":
-                np.savez_compressed(file, **content)
-            else:
-                torch.save(content, file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        print(f"{SCRIPT}.py: error: could not write {path}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    with writing(path.parent):
+        try:
+            with open(temporary, "wb") as file:
+                if path.suffix == ".json":
+                    file.write(json.dumps(content, indent=2).encode())
+                elif path.suffix == ".npz":
+                    np.savez_compressed(file, **content)
+                else:
+                    torch.save(content, file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def fixed_args(args: Args) -> dict:
@@ -857,26 +936,28 @@ def fixed_args(args: Args) -> dict:
 
 
 def load_checkpoint(run_dir: Path, args: Args) -> dict:
-    """A run's checkpoint.pt: tensors and plain Python only."""
+    """A run's checkpoint.pt: tensors and plain Python only. The replay is mapped into memory, so that it is not there
+    twice; all else is copied, because optimizers keep the tensors that they are given."""
     try:
-        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        saved = {name: value if name == "replay" else copy.deepcopy(value) for name, value in saved.items()}
         same = saved["args"] == fixed_args(args)
     except Exception as error:
         refuse("resume", str(run_dir), f"has a checkpoint.pt that cannot be read ({type(error).__name__})")
     if not same:
         refuse("resume", str(run_dir), "has a checkpoint.pt of another run")
-    if saved["global_step"] > args.total_timesteps:
+    if not 0 <= saved["global_step"] <= args.total_timesteps:
         refuse("total_timesteps", args.total_timesteps, f"the run has already taken {saved['global_step']} steps")
     return saved
 
 
 def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryWriter:
-    """Creates the run's folder with args.json. What a killed part of it had logged from first_step on is dropped."""
+    """Writes args.json. What a killed part of the run had logged from first_step on is dropped."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
-        run_dir.mkdir(parents=True, exist_ok=first_step is not None)
-    except OSError as error:
-        refuse("exp_name", args.exp_name, f"cannot create the folder {run_dir} ({error.strerror})")
-    git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
     modules = [module for module in globals().values() if hasattr(module, "__version__")]
     versions = {module.__name__: str(module.__version__) for module in modules}
     versions |= {"python": platform.python_version(), "git": git}
@@ -888,6 +969,11 @@ def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryW
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, config=asdict(args),
                    sync_tensorboard=True)  # fmt: skip
     return SummaryWriter(str(run_dir), purge_step=first_step)
+
+
+def not_finite(metrics: dict) -> list:
+    """The names of the losses that are no finite numbers: the networks have diverged."""
+    return [tag for tag, value in metrics.items() if tag.startswith("losses/") and not math.isfinite(value)]
 
 
 def fast_cpu() -> None:
@@ -937,37 +1023,44 @@ def train(args: Args) -> Path:
 
     if args.resume:
         run_dir = Path(args.resume)
-        saved = load_checkpoint(run_dir, args)
-        global_step, gradient_steps = saved["global_step"], saved["gradient_steps"]
-        if global_step + steps_per_unroll > args.total_timesteps:
-            print(f"{run_dir} has already taken {global_step} steps; --total-timesteps makes it go on")
-        agent.load_state_dict(saved["agent"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        envs.load_state_dict(saved["envs"])
-        if saved["replay"] is None:
-            print(f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on")
-        else:
-            replay.load_state_dict(saved["replay"])
-        walltime, eval_history = saved["walltime"], saved["eval_history"]
-        torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
+        lock = lock_folder(run_dir, args)
+        with restoring(run_dir, lock):
+            saved = load_checkpoint(run_dir, args)
+            global_step, gradient_steps = saved["global_step"], saved["gradient_steps"]
+            if global_step + steps_per_unroll > args.total_timesteps:
+                print(f"{run_dir} has already taken {global_step} steps; --total-timesteps makes it go on")
+            agent.load_state_dict(saved["agent"])
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            envs.load_state_dict(saved["envs"])
+            if saved["replay"] is None:
+                print(
+                    f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on"
+                )
+            else:
+                replay.load_state_dict(saved["replay"])
+            walltime, eval_history = saved["walltime"], saved["eval_history"]
+            torch.set_rng_state(saved["rng"])
+            if device.type == "cuda" and saved["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(saved["cuda_rng"])
         del saved
     else:
         envs.reset(np.ones(args.num_envs, bool))
         run_dir = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+        lock = lock_folder(run_dir, args)
     writer = start_logging(args, run_dir, first_step=global_step + 1 if args.resume else None)
     start_time, learning_seconds, learning_steps, captured, stop = time.time(), 0.0, 0, None, []
 
     def request_stop(number, frame):
-        stop.append(number)
+        stop.append(128 + number)
         signal.signal(number, signal.SIG_DFL)
         os.write(2, b"\nfinishing this training step, then saving; once more to stop at once\n")
 
     def log(metrics):
-        for tag, value in metrics.items():
-            writer.add_scalar(tag, float(value), global_step)
+        metrics = {tag: float(value) for tag, value in metrics.items()}
+        with writing(run_dir):
+            for tag, value in metrics.items():
+                writer.add_scalar(tag, value, global_step)
 
     def is_due(every):  # in env steps, rounded down to whole training steps
         return global_step // steps_per_unroll % max(1, every // steps_per_unroll) == 0
@@ -982,12 +1075,14 @@ def train(args: Args) -> Path:
         return metrics, record
 
     def save_checkpoint():
-        writer.flush()
+        with writing(run_dir):
+            writer.flush()
+        unfinished = global_step + steps_per_unroll <= args.total_timesteps  # else nobody continues from its replay
         cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
         save_file(run_dir / "checkpoint.pt", dict(
             args=fixed_args(args), agent=agent.state_dict(),
             optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
-            envs=envs.state_dict(), replay=replay.state_dict() if args.checkpoint_replay else None,
+            envs=envs.state_dict(), replay=replay.state_dict() if args.checkpoint_replay and unfinished else None,
             global_step=global_step, gradient_steps=gradient_steps, eval_history=eval_history,
             walltime=walltime + time.time() - start_time, rng=torch.get_rng_state(), cuda_rng=cuda_rng))  # fmt: skip
 
@@ -1023,6 +1118,9 @@ def train(args: Args) -> Path:
                     metrics = update(agent, optimizers, batch, args)
             gradient_steps += args.gradient_steps
             log(metrics)
+            for tag in not_finite(metrics)[:1]:
+                print(f"{SCRIPT}.py: error: {tag} is not finite since step {global_step}: saving", file=sys.stderr)
+                stop.append(1)
             if learning_steps:  # the first training step warms up and compiles
                 learning_seconds += time.time() - step_start
                 rate = learning_steps / learning_seconds
@@ -1049,12 +1147,15 @@ def train(args: Args) -> Path:
         if stop or is_due(args.checkpoint_every):
             save_checkpoint()
         if stop:
-            writer.close()
-            raise SystemExit(128 + stop[0])
+            with writing(run_dir):
+                writer.close()
+            lock.close()
+            raise SystemExit(stop[0])
 
     metrics, record = run_evaluation(keep_record=True)
     save_checkpoint()
-    writer.close()
+    with writing(run_dir):
+        writer.close()
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -1069,6 +1170,7 @@ def train(args: Args) -> Path:
     save_file(run_dir / "summary.json", summary | metrics)
     print(f"{run_dir}: reached {metrics['eval/success_any']:.0%} of the goals and spent "
           f"{metrics['eval/time_at_goal']:.0f} of {args.episode_length} steps there")  # fmt: skip
+    lock.close()
     return run_dir
 
 

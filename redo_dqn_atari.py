@@ -42,18 +42,22 @@ films (benchmark/redo_dqn_atari_film.py makes one of any run).
 
 import copy
 import difflib
+import fcntl
 import json
 import math
 import os
 import platform
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import ale_py
 import gymnasium
@@ -288,8 +292,8 @@ class FrameReplay:
     def state_dict(self) -> dict:
         state = {k: getattr(self, k) for k in ("num_frames", "num_transitions", "age", "gone")}
         for name, filled in dict(frames=self.num_frames, record=self.num_frames, start=self.num_transitions).items():
-            ring = getattr(self, name)
-            state[name] = ring if filled >= self.capacity else ring[:filled].clone()  # a mere view would save it all
+            # Through NumPy: the filled part without a copy, where a mere view of the tensor would save all of it
+            state[name] = torch.from_numpy(getattr(self, name)[:filled].cpu().numpy())
         return state | dict(last_frames=list(self.last_frames))
 
     def load_state_dict(self, state: dict) -> None:
@@ -440,10 +444,16 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite.
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
-    return mean / mean.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    average = mean.mean()
+    return torch.where(average.isfinite(), mean / average.clamp_min(torch.finfo(torch.float32).tiny), math.nan)
+
+
+def dormant_share(score: torch.Tensor, tau: float) -> torch.Tensor:
+    """The share of neurons with a score of at most tau, 0-d; NaN when a score is."""
+    return torch.where(score.isfinite().all(), (score <= tau).float().mean(), math.nan)
 
 
 def dormant_mask(activation: torch.Tensor, tau: float) -> torch.Tensor:
@@ -482,7 +492,7 @@ def inspect(q_network, obs, history: dict, args) -> tuple:
     metrics = {"plasticity/feature_rank/dense": feature_rank(activations["dense"])}
     for name, score in scores.items():
         for tau in args.dormant_tau:
-            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = (score <= tau).float().mean()
+            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
     masks, noise = ({k: score <= args.dormant_tau[0] for k, score in each.items()} for each in (scores, others))
     for kind, reference in (history | {"noise_floor": noise}).items():
         for name, mask in masks.items():
@@ -754,6 +764,7 @@ def resolve_args(args: Args) -> Args:
         fits = args.device == "cuda" and not missing["cuda"] and replay_bytes + work_bytes < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
+    check_numbers(args)
     value = vars(args)
     layers = list({"nature": NatureCNN, "resnet": ResNet}[args.network](1, args).layers) if 0 < args.width < 64 else []
     wrong = {  # limit -> the arguments that break it
@@ -769,6 +780,8 @@ def resolve_args(args: Args) -> Args:
         "must not be negative": [n for n in (
             "noop_max", "weight_decay", "redo_tau", "exploration_starts") if not value[n] >= 0],
         "must be less than 64": ["width"] * (args.width >= 64),
+        "must be at most 1024": ["eval_envs"] * (args.eval_envs > 1024),
+        "must be at most 1000": ["replay_ratio"] * (args.replay_ratio > 1000),
         "must hold thresholds that are not negative":
             ["dormant_tau"] * (not args.dormant_tau or not all(tau >= 0 for tau in args.dormant_tau)),
         "must lie between 0 and 1": [n for n in (
@@ -807,13 +820,38 @@ def resolve_args(args: Args) -> Args:
     return args
 
 
+def has_type(value, kind) -> bool:
+    """Whether a flag of this type can have this value."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(has_type(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) in (Union, UnionType):
+        return any(has_type(value, part) for part in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def check_numbers(args: Args) -> None:
+    """Refuses numbers that no flag can mean."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                refuse(name, value, "must be a finite number")
+            if isinstance(number, int) and abs(number) > 10**12:
+                refuse(name, value, "must be at most 10**12")
+
+
 def parse_args(command_line: list) -> Args:
     """The command line -> arguments; with --resume, those not given come from the run's args.json."""
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
         return args
     path = Path(args.resume) / "args.json"
-    if not path.exists() or not (Path(args.resume) / "checkpoint.pt").exists():
+    try:
+        complete = path.is_file() and path.with_name("checkpoint.pt").is_file()
+    except OSError:  # the name is too long for a file
+        complete = False
+    if not complete:
         refuse("resume", args.resume, "is not a run folder with args.json and checkpoint.pt")
     try:
         description = json.loads(path.read_text())
@@ -821,7 +859,10 @@ def parse_args(command_line: list) -> Args:
             refuse("resume", args.resume, f"is a run of another script ({description['script']})")
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in description["args"].items()}
         saved = Args(**saved)
-    except (ValueError, KeyError, TypeError) as error:
+        for name, kind in get_type_hints(Args).items():
+            if not has_type(getattr(saved, name), kind):
+                raise TypeError(f"{name} is {getattr(saved, name)!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         refuse("resume", args.resume, f"has an args.json that this version cannot read ({error})")
     args = tyro.cli(Args, args=command_line, default=saved)
     for name in [field.name for field in fields(Args) if field.name not in RESUMABLE]:
@@ -830,22 +871,62 @@ def parse_args(command_line: list) -> Args:
     return args
 
 
+def lock_folder(run_dir: Path, args: Args):
+    """Creates a new run's folder, and locks it for this process alone -> the open lock file."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+        lock = open(run_dir / "lock", "w")
+    except OSError as error:
+        flag = "exp_name" if args.resume is None else "resume"
+        refuse(flag, getattr(args, flag), f"cannot create the folder {run_dir} ({error.strerror})")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        refuse("resume", str(run_dir), "another process is working on this run")
+    return lock
+
+
+@contextmanager
+def restoring(run_dir: Path, lock):
+    """Around what reads a checkpoint: one that does not fit ends the program with one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        lock.close()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        refuse("resume", str(run_dir), f"has a checkpoint.pt that does not fit ({reason})")
+    except SystemExit:
+        lock.close()
+        raise
+
+
+@contextmanager
+def writing(run_dir: Path):
+    """Around what writes to the run's folder: a full disk or a vanished folder ends the program with one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+        reason = " ".join(str(error).split())[:200]
+        print(f"{SCRIPT}.py: error: cannot write to {run_dir}: {reason}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def save_file(path: Path, content) -> None:
     """Writes a .json, .npz or .pt file whole or not at all: a temporary file takes the old one's place when done."""
     temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if path.suffix == ".json":
-                file.write(json.dumps(content, indent=2).encode())
-            elif path.suffix == ".npz":
-                np.savez_compressed(file, **content)
-            else:
-                torch.save(content, file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        print(f"{SCRIPT}.py: error: could not write {path}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    with writing(path.parent):
+        try:
+            with open(temporary, "wb") as file:
+                if path.suffix == ".json":
+                    file.write(json.dumps(content, indent=2).encode())
+                elif path.suffix == ".npz":
+                    np.savez_compressed(file, **content)
+                else:
+                    torch.save(content, file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def fixed_args(args: Args) -> dict:
@@ -854,26 +935,28 @@ def fixed_args(args: Args) -> dict:
 
 
 def load_checkpoint(run_dir: Path, args: Args) -> dict:
-    """A run's checkpoint.pt: tensors and plain Python only."""
+    """A run's checkpoint.pt: tensors and plain Python only. The replay is mapped into memory, so that it is not there
+    twice; all else is copied, because optimizers keep the tensors that they are given."""
     try:
-        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        saved = {name: value if name == "replay" else copy.deepcopy(value) for name, value in saved.items()}
         same = saved["args"] == fixed_args(args)
     except Exception as error:
         refuse("resume", str(run_dir), f"has a checkpoint.pt that cannot be read ({type(error).__name__})")
     if not same:
         refuse("resume", str(run_dir), "has a checkpoint.pt of another run")
-    if saved["global_step"] > args.total_timesteps:
+    if not 0 <= saved["global_step"] <= args.total_timesteps:
         refuse("total_timesteps", args.total_timesteps, f"the run has already taken {saved['global_step']} steps")
     return saved
 
 
 def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryWriter:
-    """Creates the run's folder with args.json. What a killed part of it had logged from first_step on is dropped."""
+    """Writes args.json. What a killed part of the run had logged from first_step on is dropped."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
-        run_dir.mkdir(parents=True, exist_ok=first_step is not None)
-    except OSError as error:
-        refuse("exp_name", args.exp_name, f"cannot create the folder {run_dir} ({error.strerror})")
-    git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
     modules = [module for module in globals().values() if hasattr(module, "__version__")]
     versions = {module.__name__: str(module.__version__) for module in modules}
     versions |= {"python": platform.python_version(), "git": git}
@@ -885,6 +968,11 @@ def start_logging(args: Args, run_dir: Path, first_step: int | None) -> SummaryW
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, config=asdict(args),
                    sync_tensorboard=True)  # fmt: skip
     return SummaryWriter(str(run_dir), purge_step=first_step)
+
+
+def not_finite(metrics: dict) -> list:
+    """The names of the losses that are no finite numbers: the networks have diverged."""
+    return [tag for tag, value in metrics.items() if tag.startswith("losses/") and not math.isfinite(value)]
 
 
 def fast_cpu() -> None:
@@ -936,17 +1024,22 @@ def train(args: Args) -> Path:
     start |= dict(learning_from=args.learning_starts, replay=None)
     if args.resume:
         run_dir = Path(args.resume)
-        start = load_checkpoint(run_dir, args)
-        agent.load_state_dict(start["agent"])
-        optimizer.load_state_dict({"state": start["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-        for p, state in optimizer.state.items():  # another device may want another memory layout
-            state.update({k: torch.empty_like(p).copy_(v) for k, v in state.items() if v.shape == p.shape})
-        action_rng.bit_generator.state = start["action_rng"]
-        for name, generator in rng.items():
-            generator.set_state(start["rng"][name])
+        lock = lock_folder(run_dir, args)
+        with restoring(run_dir, lock):
+            start = load_checkpoint(run_dir, args)
+            agent.load_state_dict(start["agent"])
+            optimizer.load_state_dict(
+                {"state": start["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+            for p, state in optimizer.state.items():  # another device may want another memory layout
+                state.update({k: torch.empty_like(p).copy_(v) for k, v in state.items() if v.shape == p.shape})
+            action_rng.bit_generator.state = start["action_rng"]
+            for name, generator in rng.items():
+                generator.set_state(start["rng"][name])
     else:
         name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
         run_dir = Path("runs") / name
+        lock = lock_folder(run_dir, args)
     global_step, gradient_steps, episode = (start[k] for k in ("global_step", "gradient_steps", "episode"))
     learning_from, walltime = start["learning_from"], start["walltime"]
     history = {kind: {k: v.to(device) for k, v in masks.items()} for kind, masks in start["history"].items()}
@@ -959,9 +1052,11 @@ def train(args: Args) -> Path:
         obs, reward, _, _, info = games.step(np.array([action]))
         episode_return, lost_life = episode_return + float(reward[0]), info["lives"][0] < lives
     if args.resume and not np.array_equal(obs, start["obs"].numpy()):
+        lock.close()
         refuse("resume", args.resume, "this version of ale-py plays the episode that was interrupted differently")
     if start["replay"] is not None:
-        replay.load_state_dict(start["replay"])
+        with restoring(run_dir, lock):
+            replay.load_state_dict(start["replay"])
     else:
         replay.add_first(obs[0, -1])
         if args.resume:
@@ -974,14 +1069,20 @@ def train(args: Args) -> Path:
     timer_step, timer, paused = global_step, time.time(), 0.0  # for the speed since the last log
 
     def request_stop(number, frame):
-        stop.append(number)
+        stop.append(128 + number)
         signal.signal(number, signal.SIG_DFL)
         os.write(2, b"\nsaving; once more to stop at once\n")
 
+    def give_up(reason):
+        print(f"{SCRIPT}.py: error: {reason}: saving", file=sys.stderr)
+        stop.append(1)
+
     def log(values):
-        for tag, value in values.items():
-            if math.isfinite(value):  # the overlap with an empty set is no number
-                writer.add_scalar(tag, float(value), global_step)
+        values = {tag: float(value) for tag, value in values.items()}
+        with writing(run_dir):
+            for tag, value in values.items():
+                if math.isfinite(value):  # the overlap with an empty set is no number
+                    writer.add_scalar(tag, value, global_step)
 
     def not_training(function):  # its time does not count for the speed
         def timed():
@@ -1005,16 +1106,19 @@ def train(args: Args) -> Path:
         looked, scores = inspect(q_network, probe, history, args)
         log(looked)
         for name, score in scores.items():
-            writer.add_histogram(f"dormant_score/{name}", score.cpu().numpy(), global_step)
+            if score.isfinite().all():
+                writer.add_histogram(f"dormant_score/{name}", score.cpu().numpy(), global_step)
 
     @not_training
     def save_checkpoint():
-        writer.flush()
+        with writing(run_dir):
+            writer.flush()
+        unfinished = global_step < args.total_timesteps  # nobody continues from a finished run's replay
         save_file(run_dir / "checkpoint.pt", dict(
             args=fixed_args(args), agent=agent.state_dict(), optimizer=optimizer.state_dict()["state"], history=history,
             action_rng=action_rng.bit_generator.state,
             rng={name: generator.get_state() for name, generator in rng.items()},
-            replay=replay.state_dict() if args.checkpoint_replay else None, obs=torch.from_numpy(obs),
+            replay=replay.state_dict() if args.checkpoint_replay and unfinished else None, obs=torch.from_numpy(obs),
             episode=episode, episode_actions=episode_actions, global_step=global_step, gradient_steps=gradient_steps,
             learning_from=learning_from, walltime=walltime + time.time() - start_time))  # fmt: skip
 
@@ -1075,6 +1179,9 @@ def train(args: Args) -> Path:
 
         # Log, look, save
         log(events)
+        if global_step % args.log_every == 0 or global_step == args.total_timesteps:
+            for tag in not_finite(metrics)[:1]:
+                give_up(f"{tag} is not finite, after step {timer_step}")
         if global_step % args.log_every == 0:
             log(metrics | {
                 "charts/epsilon": epsilon, "charts/gradient_steps": gradient_steps,
@@ -1085,22 +1192,25 @@ def train(args: Args) -> Path:
             timer_step, timer, paused = global_step, time.time(), 0.0
         if global_step % args.dormant_every == 0 and global_step >= learning_from:
             look()
-        if global_step % args.checkpoint_every == 0:
+        if global_step % args.checkpoint_every == 0 and global_step < args.total_timesteps:
             save_checkpoint()
 
     result = None if stop else run_evaluation()
     save_checkpoint()
-    writer.close()
+    with writing(run_dir):
+        writer.close()
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stop:
-        raise SystemExit(128 + stop[0])
+        lock.close()
+        raise SystemExit(stop[0])
     if args.save_model:
         save_file(run_dir / "model.pt", agent.q_network.state_dict())
     summary = dict(global_step=global_step, gradient_steps=gradient_steps, walltime=walltime + time.time() - start_time)
     save_file(run_dir / "summary.json", summary | result)
     print(f"{run_dir}: mean return {result['eval/episodic_return']:.1f} over {result['eval/episodes']:g} episodes")
+    lock.close()
     return run_dir
 
 

@@ -338,13 +338,17 @@ def test_layer_norm():
     torch.testing.assert_close(maps.std((1, 2, 3)), torch.ones(3), atol=1e-2, rtol=0)
 
 
-def test_spectral_norm():
+@pytest.mark.parametrize("where, names", [("trunk", ["actor.trunk", "critic.trunk"]),
+                                          ("head", ["actor.policy", "critic.q1", "critic.q2"])])  # fmt: skip
+def test_spectral_norm(where, names):
     """In evaluation mode, as between updates, a forward pass does not move its estimate."""
-    agent, optimizers, arguments = make_agent(spectral_norm=True, learning_rate=0.1)
+    agent, optimizers, arguments = make_agent(spectral_norm=where, learning_rate=0.1)
+    normalised = [name for name, module in agent.named_modules() if torch.nn.utils.parametrize.is_parametrized(module)]
+    assert sorted(n for n in normalised if "target" not in n) == [f"{name}.0" for name in names]
     for i in range(20):
         drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
-    for module in (agent.actor, agent.critic):
-        layer = module.trunk[0]
+    for name in names:
+        layer = agent.get_submodule(name)[0]
         with torch.no_grad():
             assert torch.linalg.svdvals(layer.parametrizations.weight.original)[0] > 1.2
             assert torch.linalg.svdvals(layer.weight)[0] == pytest.approx(1, abs=0.1)

@@ -184,7 +184,8 @@ def test_augmentation_window(flags, steps, calls):
 
 
 @pytest.mark.parametrize("flags, name, steps", [
-    (["--reset-times", 3], "reset_agent", [40, 80]),  # the third would be at the end
+    (["--reset-times", 2], "reset_agent", [40, 80]),
+    (["--reset-times", 3], "reset_agent", [30, 60, 90]),
     (["--reset-every", 50], "reset_agent", [50, 100]),
     (["--shrink-perturb-every", 50], "shrink_and_perturb", [50, 100]),
     (["--redo-period-gradient-steps", 20, "--redo-batch-size", 8], "recycle_units", [68, 108]),  # 68 = 30 + 2 * 19
@@ -224,7 +225,9 @@ def test_noise_follows_its_schedule_in_acting_and_learning(serial, monkeypatch):
 
 def test_looking_evaluating_and_an_idle_recycler_do_not_change_what_is_learned(serial):
     plain = checkpoint(run(*PIXELS))
-    spectral = [checkpoint(run(*PIXELS, "--spectral-norm", "--eval-every", every))["agent"] for every in (13, 60)]
+    spectral = [
+        checkpoint(run(*PIXELS, "--spectral-norm", "trunk", "--eval-every", every))["agent"] for every in (13, 60)
+    ]
     assert_same(*spectral)
     for flags in (["--plasticity-every", 7], ["--eval-every", 13], ["--eval-episodes", 1], ["--log-every", 9]):
         assert_same(plain["agent"], checkpoint(run(*PIXELS, *flags))["agent"])
@@ -264,10 +267,10 @@ def test_evaluation_plays_whole_episodes_and_draws_nothing(serial):
 
 # --- resume -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags", [
-    [], ["--reset-times", 4, "--reset-scope", "all"], ["--injection", "critic", "actor", "--injection-step", 60],
+    [], ["--reset-times", 3, "--reset-scope", "all"], ["--injection", "critic", "actor", "--injection-step", 60],
     ["--injection", "critic", "--injection-step", 75, "--injection-init", "initial"], ["--crelu", "half"],
     ["--redo-period-gradient-steps", 10, "--redo-batch-size", 8, "--redo-tau", 0.8, "--replay-ratio", 2],
-    ["--spectral-norm"],
+    ["--spectral-norm", "trunk"], ["--spectral-norm", "head"],
     ["--l2-init", 0.1, "--layer-norm", "--weight-decay", 0.01], ["--shrink-perturb-every", 30, "--buffer-size", 50],
     ["--augmentation-switch-step", 80], ["--env-id", "pixel_env:EndingDot-v0", "--amp"],
 ], ids=str)  # fmt: skip
@@ -327,7 +330,7 @@ def test_stopping_while_priming(serial, monkeypatch):
 
 
 def test_resume_with_more_steps_does_not_move_the_resets(calls):
-    part = run(*PIXELS, "--reset-times", 3)
+    part = run(*PIXELS, "--reset-times", 2)
     run("--resume", part, "--total-timesteps", 200)
     assert calls["reset_agent"][:2] == [40, 80] and len(calls["reset_agent"]) == 4
 
@@ -351,10 +354,10 @@ def test_resume_takes_flags_from_the_run_and_refuses_others(capsys, serial):
 
 
 def test_resume_notices_another_environment(capsys, serial, monkeypatch):
-    part = run(*PIXELS, "--total-timesteps", 113)
+    part = stopped_run(113, monkeypatch, *PIXELS)
     monkeypatch.setattr(pixel_env.DotEnv, "render", lambda self: np.full((24, 24, 3), 255, np.uint8))
     with pytest.raises(SystemExit) as stopped:
-        run("--resume", part, "--total-timesteps", 130)
+        run("--resume", part)
     assert stopped.value.code == 2 and "plays the episode that was interrupted differently" in capsys.readouterr().err
 
 
@@ -363,7 +366,8 @@ def test_resume_notices_another_environment(capsys, serial, monkeypatch):
     ["--gamma", 0.5], ["--tau", 0.5], ["--n-step", 1], ["--learning-rate", 0.01], ["--stddev-clip", 0.01],
     ["--stddev-start", 0.5], ["--stddev-end", 0.9], ["--shift-pad", 1], ["--exploration-steps", 60],
     ["--weight-decay", 1],
-    ["--l2-init", 1], ["--layer-norm"], ["--spectral-norm"], ["--crelu", "half"], ["--crelu", "full"],
+    ["--l2-init", 1], ["--layer-norm"], ["--spectral-norm", "trunk"],
+    ["--spectral-norm", "head"], ["--crelu", "half"], ["--crelu", "full"],
     ["--reset-every", 50, "--reset-scope", "mlp"], ["--reset-every", 50, "--no-reset-optimizer"],
     ["--reset-every", 50, "--reset-modules", "actor"], ["--shrink-perturb-every", 50],
     ["--shrink-perturb-every", 50, "--shrink", 0.5], ["--shrink-perturb-every", 50, "--perturb", 0.5],
@@ -393,8 +397,8 @@ def test_defaults_come_from_the_table(monkeypatch):
     assert values == [3, 256, 500_000, 1_500_500]
     easy = drq.resolve_args(drq.Args(env_id="dm_control/cartpole-balance-v0", batch_size=32))
     assert (easy.batch_size, easy.stddev_steps) == (32, 100_000)
-    assert drq.resolve_args(drq.Args(env_id="dm_control/quadruped-run-v0", reset_times=5)).reset_every == 300_100
-    assert drq.resolve_args(drq.Args(env_id="dm_control/quadruped-run-v0", reset_times=7)).reset_every == 214_358
+    assert drq.resolve_args(drq.Args(env_id="dm_control/quadruped-run-v0", reset_times=4)).reset_every == 300_100
+    assert drq.resolve_args(drq.Args(env_id="dm_control/quadruped-run-v0", reset_times=6)).reset_every == 214_358
 
 
 @pytest.mark.parametrize("flag, tolerance", [("--amp", 0.1), ("--compile", 0.01)])
@@ -429,7 +433,8 @@ def test_a_run_learns(serial):
     (["--reset-every", 120], "--reset-every 120: must lie between"),
     (["--reset-times", 2, "--reset-every", 30], "--reset-times 2: does not go with --reset-every: both say when"),
     (["--injection", "critic", "--injection-step", 60, "--reset-times", 2], "every 60: does not go with --injection"),
-    (["--reset-times", 1], "--reset-times 1: must be 0 or at least 2"),
+    (["--reset-times", -1], "--reset-times -1: must not be negative"),
+    (["--reset-times", 11, "--total-timesteps", 121], "--reset-times 11: are too many for --total-timesteps 121"),
     (["--injection", "critic", "--injection-step", 60, "--l2-init", 1], "-init 1.0: does not go with --injection"),
     (["--reset-scope", "all"], "--reset-scope all: does nothing without --reset-every"),
     (["--injection-step", 60], "--injection-step 60: does nothing without --injection"),
@@ -443,7 +448,7 @@ def test_a_run_learns(serial):
     (["--n-step", 25], "--n-step 25: no episode of the first 30 steps was that long"),
     (["--layer-norm", "--redo-batch-size", 8, "--redo-period-gradient-steps", 9], "does not go with --layer-norm"),
     (["--crelu", "half", "--redo-batch-size", 8, "--redo-period-gradient-steps", 9], "does not go with --crelu"),
-    (["--spectral-norm", "--shrink-perturb-every", 9], "--shrink-perturb-every 9: does not go with --spectral-norm"),
+    (["--spectral-norm", "head", "--shrink-perturb-every", 9], "every 9: does not go with --spectral-norm"),
     (["--replay-ratio", 0.4], "--replay-ratio 0.4: must be k or 1/k"),
     (["--replay-ratio", 0], "--replay-ratio 0.0: must be k or 1/k"),
     (["--image-size", 14], "--image-size 14: must be at least 15"),

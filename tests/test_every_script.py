@@ -1,5 +1,6 @@
 """What holds for every script through its command line: interruptions, full disks, resume, tracking, no such device."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, assert_same, checkpoint, run, scalars, wait_for
+from test_drqv2_plasticity_runs import make_serial_envs, stopped_run
 
 import adaptive_rr as rr
 import crl_deep as crl
@@ -28,6 +30,8 @@ ENDLESS = {
     rr: ["--total-timesteps", "10000000", "--buffer-size", "4000"],
     drm: ["--total-timesteps", "10000000", "--buffer-size", "4000"],
 }  # fmt: skip
+PIXEL_SCRIPTS = (drq, rr, drm)
+pixel_scripts = pytest.mark.parametrize("script", PIXEL_SCRIPTS, ids=lambda script: script.SCRIPT)
 RESUMED_STEPS = 80  # a whole number of training steps of every script
 
 
@@ -156,3 +160,286 @@ def test_track_starts_a_weights_and_biases_run(script, flags, monkeypatch):
     assert call.kwargs["sync_tensorboard"] and call.kwargs["config"]["seed"] == 1
     run(script, *flags)
     assert wandb.init.call_count == 1
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+@every_script
+def test_all_streams_of_random_numbers_begin_differently(script, flags, monkeypatch):
+    """torch's CPU generators keep 32 bits of a seed: 1 and 1 + 2**32 are the same stream."""
+    seeds = [1]  # of torch's own stream
+
+    class Recorded(torch.Generator):
+        def manual_seed(self, seed):
+            seeds.append(seed)
+            return super().manual_seed(seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "Generator", Recorded)
+        run(script, *flags)
+    seeds.remove(0)  # of fast_cpu's self-test, which nothing learns from
+    assert len(seeds) == {crl: 1, redo: 5, drq: 5, rr: 4, drm: 6}[script]
+    draws = [tuple(torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()) for seed in seeds]
+    assert len(set(draws)) == len(draws)
+
+
+# --- networks that have diverged --------------------------------------------------------------------------------------
+@every_script
+def test_a_run_that_diverges_saves_and_ends_with_one_line(script, flags, capsys):
+    words = [*flags, "--learning-rate", 1e30]
+    for _ in range(2):  # also when it is resumed
+        with pytest.raises(SystemExit) as stopped:
+            run(script, *words)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert stopped.value.code == 1 and "is not finite" in line and line.endswith("saving")
+        (run_dir,) = Path("runs").iterdir()
+        assert 0 < checkpoint(run_dir)["global_step"] and not (run_dir / "summary.json").exists()
+        words = ["--resume", run_dir]
+
+
+@pytest.mark.parametrize("script", [drq, redo, drm], ids=lambda script: script.SCRIPT)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_network_that_is_not_finite_has_no_dormant_ratio(script, bad):
+    activation = torch.ones(4, 3)
+    activation[1, 2] = bad
+    score = script.dormant_score(activation)
+    assert score.isnan().all() and script.dormant_share(score, 0.1).isnan() and not (score <= 0.1).any()
+    assert script.dormant_share(torch.tensor([0.0, 0.1, 1.0, 2.9]), 0.1) == 0.5
+
+
+@pixel_scripts
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_network_that_is_not_finite_has_no_active_units(script, bad):
+    whole, broken = torch.tensor([[1.0, 0.0, 2.0, 0.0]]), torch.tensor([[1.0, 0.0, bad, 0.0]])
+    assert script.fau([whole, whole]) == 0.5
+    assert script.fau([whole, broken]).isnan() and script.fau([broken.bfloat16()]).isnan()
+
+
+def test_no_detector_acts_on_what_is_not_a_number():
+    detector = rr.PlateauDetector(check_episodes=2)
+    detector.first_batch(0.5)
+    for episode in range(1, 9):
+        detector.end_episode(episode, float("nan"))
+    assert not detector.switched
+    beta = torch.tensor(float("nan"))
+    args = drm.Args()
+    assert drm.awakening(torch.tensor(float("inf")), beta, torch.tensor(5000.0), args) == float("inf")
+    features = torch.randn(4, 800)
+    actor = drm.Actor(800, 2, 8, 16)
+    with torch.no_grad():
+        actor.policy[0].weight[3, 3] = float("nan")
+    assert drm.dormant_ratio(actor, features, 0.025)[0].isnan()
+
+
+# --- environments that die --------------------------------------------------------------------------------------------
+def kill_environments(script, monkeypatch, moments, name="act"):
+    """Kills the processes of the training environment (of the evaluation's, with another name) at these calls."""
+    function, calls, living = getattr(script, name), [], []
+
+    class Known(script.Environments):
+        def start(self):
+            super().start()
+            if self not in living:
+                living.append(self)
+
+    def deadly(*values, **options):
+        calls.append(0)
+        if len(calls) in moments:
+            for process in living[name != "act"].envs.processes:
+                process.kill()
+                process.join()
+        return function(*values, **options)
+
+    monkeypatch.setattr(script, "Environments", Known)
+    monkeypatch.setattr(script, name, deadly)
+
+
+@pixel_scripts
+def test_a_dead_environment_cuts_the_episode(script, monkeypatch, capsys):
+    kill_environments(script, monkeypatch, [33, 75])
+    run_dir = run(script, *TINY[script], "--total-timesteps", 100, "--checkpoint-every", 80)
+    assert capsys.readouterr().err.count("an environment's process died (") == 2
+    logged = scalars(run_dir)
+    assert checkpoint(run_dir)["global_step"] == 100 and (run_dir / "summary.json").exists()
+    assert set(logged["charts/episodic_return"]) == {20, 53, 73, 95}  # cut at 33 and at 75
+    assert set(logged["charts/episodic_length"].values()) == {20}
+
+
+@pixel_scripts
+def test_a_dead_environment_does_not_change_an_evaluation(script, monkeypatch):
+    whole = run(script, *TINY[script])
+    kill_environments(script, monkeypatch, [2], "play_evaluation")
+    assert scalars(run(script, *TINY[script])) == scalars(whole)
+
+
+@pixel_scripts
+def test_the_fourth_death_of_an_environment_saves_and_ends(script, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        kill_environments(script, patch, [25, 41, 42, 43])
+        run(script, *TINY[script])
+    assert stopped.value.code == 1 and "for the fourth time: saving" in capsys.readouterr().err
+    (run_dir,) = Path("runs").iterdir()
+    assert checkpoint(run_dir)["global_step"] == 43
+    run(script, "--resume", run_dir)
+    assert set(scalars(run_dir)["charts/episodic_return"]) == {20, 63, 83, 103}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+@pixel_scripts
+def test_resumed_twice_within_one_episode(script, monkeypatch):
+    """The actions of the interrupted episode are lists after the first resume."""
+    for module in PIXEL_SCRIPTS:
+        monkeypatch.setattr(module, "make_envs", make_serial_envs)
+    whole = run(script, *TINY[script])
+    part = stopped_run(43, monkeypatch, *TINY[script], script=script)
+    for flags in (["--checkpoint-every", 3, "--total-timesteps", 48], []):
+        run(script, "--resume", part, *flags)
+    assert checkpoint(part)["global_step"] == 120
+    part = stopped_run(45, monkeypatch, *TINY[script], script=script)
+    run(script, "--resume", part, "--checkpoint-every", 2)
+    assert_same(checkpoint(whole), checkpoint(part))
+
+
+@every_script
+def test_one_process_per_run(script, flags, capsys):
+    part = run(script, *flags)
+    before = (part / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    with open(part / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as stopped:
+            run(script, "--resume", part, "--total-timesteps", 100_000)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "another process is working on this run" in printed and printed.count("\n") == 1
+    assert (part / "checkpoint.pt").read_bytes() == before
+
+
+@every_script
+def test_a_run_locks_its_folder(script, flags):
+    process = start(script)
+    wait_for(lambda: list(Path("runs").glob("*/events*")), process)
+    with open(next(Path("runs").glob("*/lock")), "w") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    process.kill()
+    process.communicate()
+
+
+@every_script
+def test_a_finished_run_keeps_no_replay_and_a_resumed_one_holds_it_once(script, flags, monkeypatch):
+    saved, save_file, load = [], script.save_file, torch.load
+    monkeypatch.setattr(script, "save_file", lambda path, content: saved.append(content) or save_file(path, content))
+    part = run(script, *flags, "--checkpoint-every", 80)
+    checkpoints = [content for content in saved if "global_step" in content and "args" in content]
+    assert all(content["replay"] is not None for content in checkpoints[:-1]) and len(checkpoints) > 1
+    assert checkpoint(part)["replay"] is None
+
+    def mapped(*values, **options):
+        assert options["mmap"]
+        return load(*values, **options)
+
+    save_file(part / "checkpoint.pt", checkpoints[0])
+    monkeypatch.setattr(torch, "load", mapped)
+    held, update = [], "td_update" if script is redo else "update" if script is crl else "drm_update"
+    update = update if hasattr(script, update) else "drqv2_update"
+    function = getattr(script, update)
+
+    def looking(*values):
+        held.append("checkpoint.pt" in Path("/proc/self/maps").read_text())
+        return function(*values)
+
+    monkeypatch.setattr(script, update, looking)
+    run(script, "--resume", part)
+    assert held and not any(held)  # Adam would hold the file through the tensors that it was given
+
+
+@every_script
+def test_a_full_disk_ends_the_log_with_one_line(script, flags, capsys, monkeypatch):
+    def fail(*values):
+        raise OSError(28, "No space left on device")
+
+    for name in ("add_scalar", "flush"):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(script.SummaryWriter, name, fail)
+            run(script, *flags, "--checkpoint-every", 80)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert stopped.value.code == 1 and len(lines) == 1 and "No space left on device" in lines[0]
+
+
+@every_script
+def test_the_folder_of_the_script_is_not_a_command(script, flags, monkeypatch):
+    monkeypatch.setattr(script, "__file__", "x$(touch PWNED)/script.py")
+    run(script, *flags)
+    assert not Path("PWNED").exists()
+
+
+@every_script
+def test_files_that_parse_but_do_not_fit(script, flags, capsys):
+    part = run(script, *flags)
+    description, whole = json.loads((part / "args.json").read_text()), checkpoint(part)
+
+    def refused():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run(script, "--resume", part)
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and printed.count("\n") == 1, printed
+        return printed
+
+    wrong = [dict(args=[]), dict(args=None), dict(args="x"), dict(script=[])]
+    wrong += [dict(args=description["args"] | {name: value}) for name, value in (
+        ("seed", "abc"), ("seed", None), ("seed", 1.5), ("gamma", "0.99"), ("env_id", None), ("eval_every", "5"),
+        ("device", "foo"), ("compile", 1))]  # fmt: skip
+    for change in wrong:
+        (part / "args.json").write_text(json.dumps(description | change))
+        assert "args.json that this version cannot read" in refused() or "script" in change
+    (part / "args.json").write_text("[" * 10**5)
+    assert "args.json that this version cannot read" in refused()
+    (part / "args.json").unlink()
+    (part / "args.json").mkdir()
+    assert "is not a run folder" in refused()
+    (part / "args.json").rmdir()
+    (part / "args.json").write_text(json.dumps(description))
+    first = next(iter(whole["agent"]))
+    for change in (dict(global_step=-5), dict(agent={}), dict(gradient_steps=None),
+                   dict(agent=whole["agent"] | {first: torch.zeros(1, 2, 3)}), dict(rng=None)):  # fmt: skip
+        if change == dict(gradient_steps=None):
+            content = {k: v for k, v in whole.items() if k != "gradient_steps"}
+        else:
+            content = whole | change
+        torch.save(content, part / "checkpoint.pt")
+        refused()
+
+
+HUGE = int("9" * 320)
+SIZES = {
+    crl: ["--repr-dim", "--gradient-steps", "--num-threads", "--width", "--batch-size", "--eval-episodes"],
+    redo: ["--eval-envs", "--batch-size", "--rank-batch-size"],
+    drq: ["--hidden-dim", "--feature-dim", "--batch-size"], rr: ["--hidden-dim", "--feature-dim", "--batch-size"],
+    drm: ["--hidden-dim", "--feature-dim", "--batch-size"],
+}  # fmt: skip
+BAD_NUMBERS = [(script, flag, value) for script, names in SIZES.items() for flag in names for value in (10**10, HUGE)]
+BAD_NUMBERS += [(script, "--learning-rate", value) for script in TINY for value in ("inf", "nan")]
+BAD_NUMBERS += [(script, "--learning-starts", HUGE) for script in TINY]
+BAD_NUMBERS += [(crl, flag, "inf") for flag in ("--logsumexp-coef", "--entropy-coef")]
+BAD_NUMBERS += [(redo, flag, "inf") for flag in ("--adam-eps", "--weight-decay", "--redo-tau", "--dormant-tau")]
+BAD_NUMBERS += [(redo, "--replay-ratio", 1e30), (redo, "--width", 63), (redo, "--eval-envs", 20_000)]
+BAD_NUMBERS += [(crl, "--num-threads", 100_000), (drm, "--hidden-dim", 100_000), (drq, "--dormant-tau", "inf")]
+
+
+@pytest.mark.parametrize(
+    "script, flag, value", BAD_NUMBERS, ids=lambda value: str(getattr(value, "SCRIPT", value))[:20]
+)
+def test_numbers_that_cannot_work_are_refused_at_once(script, flag, value, capsys, monkeypatch):
+    monkeypatch.setattr(script, "memory", lambda device: 16e9)
+    began = time.time()
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *TINY[script], flag, value)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.count("\n") == 1 and "Traceback" not in printed
+    assert not Path("runs").exists() and time.time() - began < 20
+
+
+@every_script
+def test_a_name_too_long_for_a_folder_is_no_run(script, flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(script, "--resume", "x" * 300)
+    assert stopped.value.code == 2 and "is not a run folder" in capsys.readouterr().err
