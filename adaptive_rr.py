@@ -812,6 +812,7 @@ def memory(device: str) -> int:
 def resolve_args(args: Args) -> Args:
     """Fills in what depends on the task, and refuses what cannot work before anything is allocated or written."""
     args = copy.copy(args)
+    check_numbers(args)
     defaults = TASKS.get(args.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
     if not defaults:
         defaults = EASY | dict(total_timesteps=None, stddev_steps=None)
@@ -832,7 +833,6 @@ def resolve_args(args: Args) -> Args:
     def whole(ratio):  # k or 1/k
         return 1e-6 < ratio < 1e6 and abs(max(ratio, 1 / ratio) - round(max(ratio, 1 / ratio))) < 1e-6
 
-    check_numbers(args)
     wrong = {  # limit -> the arguments that break it
         "must be greater than 0": [n for n in (
             "total_timesteps", "batch_size", "n_step", "learning_rate", "feature_dim", "hidden_dim", "stddev_steps",
@@ -1157,7 +1157,7 @@ def train(args: Args) -> Path:
     episode_fau = start["episode_fau"].to(device) if episode_updates else 0
     episode_actions, episode_return = start["episode_actions"], start["episode_return"]
 
-    if args.resume and start["replay"] is None:
+    if args.resume and start["replay"] is None and global_step < args.total_timesteps:
         print(f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on")
         learning_from, episode_actions, episode_return = global_step + args.learning_starts, [], 0.0
         episode_fau, episode_updates = 0, 0  # the interrupted episode begins again

@@ -743,6 +743,7 @@ def memory(device: str) -> int:
 def resolve_args(args: Args) -> Args:
     """Fills in what depends on the task, and refuses what cannot work before anything is allocated or written."""
     args = copy.copy(args)
+    check_numbers(args)
     if args.eval_env_id is None:
         far_goals = args.env_id.partition("_gen_")[0] + "_eval"
         args.eval_env_id = far_goals if far_goals in ENV_IDS else args.env_id
@@ -779,7 +780,6 @@ def resolve_args(args: Args) -> Args:
         fits = args.device == "cuda" and not missing["cuda"] and sum(needed.values()) < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
-    check_numbers(args)
     value, episodes = vars(args), args.num_envs * args.episode_length
     to_learn = args.learning_starts + 2 * args.num_envs * args.unroll_length
     same_robot = args.eval_env_id.split("_")[0] == args.env_id.split("_")[0]
@@ -1033,12 +1033,10 @@ def train(args: Args) -> Path:
             for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
             envs.load_state_dict(saved["envs"])
-            if saved["replay"] is None:
-                print(
-                    f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on"
-                )
-            else:
+            if saved["replay"] is not None:
                 replay.load_state_dict(saved["replay"])
+            elif global_step + steps_per_unroll <= args.total_timesteps:
+                print(f"the checkpoint holds no replay: {args.learning_starts} steps are collected before it learns on")
             walltime, eval_history = saved["walltime"], saved["eval_history"]
             torch.set_rng_state(saved["rng"])
             if device.type == "cuda" and saved["cuda_rng"] is not None:

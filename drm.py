@@ -939,6 +939,7 @@ def memory(device: str) -> int:
 def resolve_args(args: Args) -> Args:
     """Fills in what depends on the task, and refuses what cannot work before anything is allocated or written."""
     args = copy.copy(args)
+    check_numbers(args)
     default = asdict(Args())
     given = {name for name, value in asdict(args).items() if value != default[name]}
     idle = [(name, f"does nothing with --{other.replace('_', '-')} {value}") for other, value, names in IDLE
@@ -963,7 +964,6 @@ def resolve_args(args: Args) -> Args:
     value = vars(args)
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     ratio = max(args.replay_ratio, 1 / args.replay_ratio) if 1e-6 < args.replay_ratio < 1e6 else 0.5
-    check_numbers(args)
     wrong = {  # limit -> the arguments that break it
         "must be greater than 0": [n for n in (
             "total_timesteps", "batch_size", "n_step", "learning_rate", "feature_dim", "hidden_dim", "buffer_size",
@@ -1275,7 +1275,7 @@ def train(args: Args) -> Path:
     history, sums = ({k: v.to(device) for k, v in start[name].items()} for name in ("history", "sums"))
     episode_actions, episode_return = start["episode_actions"], start["episode_return"]
 
-    if args.resume and start["replay"] is None:
+    if args.resume and start["replay"] is None and global_step < args.total_timesteps:
         print(f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on")
         learning_from, episode_actions, episode_return = global_step + args.learning_starts, [], 0.0
     # The simulator's state is not in the checkpoint: the same seed and the same actions lead to it again

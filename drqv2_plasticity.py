@@ -954,6 +954,7 @@ def memory(device: str) -> int:
 def resolve_args(args: Args) -> Args:
     """Fills in what depends on the task, and refuses what cannot work before anything is allocated or written."""
     args = copy.copy(args)
+    check_numbers(args)
     defaults = TASKS.get(args.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
     if not defaults:
         defaults = EASY | dict(total_timesteps=None, stddev_steps=None)
@@ -966,7 +967,6 @@ def resolve_args(args: Args) -> Args:
 
     if args.reset_times and args.reset_every:
         refuse("reset_times", args.reset_times, "does not go with --reset-every: both say when to reset")
-    check_numbers(args)
     if args.reset_times > 0 and args.total_timesteps is not None:
         period = -(-args.total_timesteps // (args.reset_times + 1))
         if period * args.reset_times >= args.total_timesteps:
@@ -1311,7 +1311,7 @@ def train(args: Args) -> Path:
     count = start["count"]
     episode_actions, episode_return = start["episode_actions"], start["episode_return"]
 
-    if args.resume and start["replay"] is None:
+    if args.resume and start["replay"] is None and global_step < args.total_timesteps:
         print(f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on")
         learning_from, episode_actions, episode_return = global_step + args.learning_starts, [], 0.0
     # The simulator's state is not in the checkpoint: the same seed and the same actions lead to it again

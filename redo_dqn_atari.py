@@ -740,6 +740,7 @@ def memory(device: str) -> int:
 def resolve_args(args: Args) -> Args:
     """Fills in what depends on the protocol, and refuses what cannot work before anything is allocated or written."""
     args = copy.copy(args)
+    check_numbers(args)
     games = [name for name in gymnasium.registry if name.startswith("ALE/")]
     if args.env_id not in games:
         close = difflib.get_close_matches(args.env_id, games, n=1)
@@ -764,7 +765,6 @@ def resolve_args(args: Args) -> Args:
         fits = args.device == "cuda" and not missing["cuda"] and replay_bytes + work_bytes < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
-    check_numbers(args)
     value = vars(args)
     layers = list({"nature": NatureCNN, "resnet": ResNet}[args.network](1, args).layers) if 0 < args.width < 64 else []
     wrong = {  # limit -> the arguments that break it
@@ -1059,7 +1059,7 @@ def train(args: Args) -> Path:
             replay.load_state_dict(start["replay"])
     else:
         replay.add_first(obs[0, -1])
-        if args.resume:
+        if args.resume and global_step < args.total_timesteps:
             print(f"the checkpoint holds no replay: collecting {args.learning_starts} steps before learning goes on")
             learning_from = global_step + args.learning_starts
     del start
