@@ -906,8 +906,8 @@ def act(agent, obs, stddev: float, uniform: bool, generator) -> np.ndarray:
 
 def play_evaluation(agent, envs, args, draw: int, device, stop=()) -> dict:
     """eval_episodes whole episodes with the mean action, several side by side -> metrics. Draws no random number from
-    torch. `draw` numbers the evaluation and so seeds its episodes. No metrics when `stop` is no
-    longer empty, or when an action is not finite."""
+    torch. `draw` numbers the evaluation and so seeds its episodes. No metrics when the run is to stop (the
+    list `stop` is not empty) or an action is not finite."""
     returns, lengths, n = [], [], envs.num_envs
     while len(returns) < args.eval_episodes:
         played = envs.reset(seed=[episode_seed(args.seed, 1, draw, len(returns) + i) for i in range(n)])

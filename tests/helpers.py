@@ -1,8 +1,13 @@
 """What the tests of whole runs share: running a script's command line, and comparing what runs left behind."""
 
 import gc
+import os
+import signal
+import sys
 import time
+from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -38,6 +43,48 @@ def run(script, *flags):
     """The script's run folder, trained in this process."""
     gc.collect()  # a run that a test broke off holds the lock of its folder until its frames are gone
     return script.train(script.parse_args([str(flag) for flag in flags]))
+
+
+def ring_of(script):
+    """The class of its replay."""
+    return {redo_dqn_atari: "FrameReplay", crl_deep: "Replay"}.get(script, "PixelReplay")
+
+
+def stopped_run(script, step, *flags):
+    """The folder of a run that gets a SIGTERM while it takes this step (crl_deep.py: the last one of its unroll)."""
+    ring = getattr(script, ring_of(script))
+    add, count = ring.add, []
+
+    def stopping(self, *values):
+        add(self, *values)
+        count.append(sys._getframe(1).f_code.co_name != "add_first")
+        if sum(count) == step and count[-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = set(Path("runs").iterdir()) if Path("runs").exists() else set()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(ring, "add", stopping)
+        run(script, *flags)
+    assert stopped.value.code == 143
+    if "--resume" in flags:
+        return flags[flags.index("--resume") + 1]
+    (part,) = set(Path("runs").iterdir()) - before
+    return part
+
+
+def run_and_replay(script, *flags):
+    """A run's folder, and what its replay held at the end (a finished run's checkpoint has none)."""
+    ring, kept = getattr(script, ring_of(script)), []
+
+    class Kept(ring):
+        def __init__(self, *values, **options):
+            super().__init__(*values, **options)
+            kept.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, ring_of(script), Kept)
+        run_dir = run(script, *flags)
+    return run_dir, kept[-1].state_dict()
 
 
 def checkpoint(run_dir):

@@ -10,8 +10,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ADAPTIVE, assert_same, checkpoint, scalars
-from test_drqv2_plasticity_runs import assert_resume_is_bit_identical, make_serial_envs, stopped_run
+from helpers import ADAPTIVE, assert_same, checkpoint, scalars, stopped_run
+from test_drqv2_plasticity_runs import assert_resume_is_bit_identical, make_serial_envs
 
 import adaptive_rr as rr
 
@@ -219,8 +219,8 @@ def test_ratios_by_flag(serial, monkeypatch):
     ["--rr-check-episodes", 4, "--rr-window-episodes", 3, "--rr-threshold", 1],
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("stop", [60, 73, 85])
-def test_resume_across_the_switch_is_bit_identical(flags, stop, serial, monkeypatch):
-    assert_resume_is_bit_identical(stop, monkeypatch, *ADAPTIVE, *flags, script=rr)
+def test_resume_across_the_switch_is_bit_identical(flags, stop, serial):
+    assert_resume_is_bit_identical(rr, stop, *ADAPTIVE, *flags)
 
 
 def test_static_is_drqv2_of_the_study(serial, monkeypatch):
@@ -256,8 +256,8 @@ def test_learning_that_begins_after_a_check_was_due(serial, monkeypatch):
     assert logged["adaptive_rr/fau_delta"][80] == pytest.approx(delta, abs=1e-6)
 
 
-def test_resume_without_the_replay_begins_the_episode_again(serial, monkeypatch):
-    part = stopped_run(53, monkeypatch, *ADAPTIVE, "--no-checkpoint-replay", "--rr-check-episodes", 2, script=rr)
+def test_resume_without_the_replay_begins_the_episode_again(serial):
+    part = stopped_run(rr, 53, *ADAPTIVE, "--no-checkpoint-replay", "--rr-check-episodes", 2)
     run("--resume", part, "--total-timesteps", 160)
     logged = scalars(part)
     assert set(logged["charts/episodic_return"]) == {20, 40, *range(73, 160, 20)}  # 53 + 20, ...

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers import ADAPTIVE, DRM, PIXELS, assert_same, checkpoint, scalars
-from test_drqv2_plasticity_runs import assert_resume_is_bit_identical, make_serial_envs, stopped_run
+from helpers import ADAPTIVE, DRM, PIXELS, assert_same, checkpoint, scalars, stopped_run
+from test_drqv2_plasticity_runs import assert_resume_is_bit_identical, make_serial_envs
 
 import adaptive_rr as rr
 import drm
@@ -427,16 +427,16 @@ def test_drqv2_is_a_special_case_bit_for_bit(n_step):
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_drqv2_is_a_special_case_in_whole_runs(n_step, serial):
     flags = ["--n-step", n_step, "--target-dormant-ratio", 0.35]
-    ours = run(*PIXELS, *flags, *DRQV2)
-    theirs = helpers.run(rr, *ADAPTIVE, "--n-step", n_step, "--rr-mode", "static")
+    ours, replay = helpers.run_and_replay(drm, *PIXELS, *flags, *DRQV2)
+    theirs, other_replay = helpers.run_and_replay(rr, *ADAPTIVE, "--n-step", n_step, "--rr-mode", "static")
     mine, other = checkpoint(ours), checkpoint(theirs)
     assert all(torch.equal(mine["agent"][name], value) for name, value in other["agent"].items())
     assert_same(mine["optimizers"][:3], other["optimizers"])
     assert mine["optimizers"][3] == {}  # V learns nothing
     for part in ("act", "batch"):
         assert torch.equal(mine["rng"][part], other["rng"][part])
-    assert torch.equal(mine["torch_rng"], other["torch_rng"]) and torch.equal(
-        mine["replay"]["frames"], other["replay"]["frames"])  # fmt: skip
+    assert torch.equal(mine["torch_rng"], other["torch_rng"])
+    assert torch.equal(replay["frames"], other_replay["frames"])
     ours, theirs = scalars(ours), scalars(theirs)
     shared = [tag for tag in theirs if tag in ours]
     assert len(shared) > 10 and all(ours[tag] == theirs[tag] for tag in shared)
@@ -514,12 +514,12 @@ def test_perturbations_happen_where_they_should(serial, monkeypatch):
     ["--target-lambda", 0, "--perturb-scope", "all"],
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("stop", [49, 50, 73])
-def test_resume_across_a_perturbation_is_bit_identical(flags, stop, serial, monkeypatch):
-    assert_resume_is_bit_identical(stop, monkeypatch, *DRM, *flags, script=drm)
+def test_resume_across_a_perturbation_is_bit_identical(flags, stop, serial):
+    assert_resume_is_bit_identical(drm, stop, *DRM, *flags)
 
 
 def test_the_checkpoint_carries_the_ratio_and_the_awakening(serial, monkeypatch):
-    part = stopped_run(45, monkeypatch, *DRM, "--target-dormant-ratio", 0.99, script=drm)
+    part = stopped_run(drm, 45, *DRM, "--target-dormant-ratio", 0.99)
     saved = checkpoint(part)["agent"]
     assert 0 < float(saved["dormant_ratio"]) < 1 and float(saved["awaken_step"]) == 32
     stddevs, act = [], drm.act

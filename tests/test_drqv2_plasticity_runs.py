@@ -15,7 +15,7 @@ import numpy as np
 import pixel_env
 import pytest
 import torch
-from helpers import PIXELS, assert_same, checkpoint, scalars
+from helpers import PIXELS, assert_same, checkpoint, run_and_replay, scalars, stopped_run
 
 import drqv2_plasticity as drq
 
@@ -87,7 +87,7 @@ def test_a_run_through_the_command_line(tmp_path):
     assert description["action_repeat"] == 2 and description["args"]["n_step"] == 3
     assert {"torch", "gymnasium", "numpy", "python"} <= set(description["versions"])
     files = {path.name for path in run_dir.iterdir() if not path.name.startswith("events")}
-    assert files == {"args.json", "checkpoint.pt", "summary.json", "model.pt"}
+    assert files == {"args.json", "checkpoint.pt", "lock", "summary.json", "model.pt"}
     logged = scalars(run_dir)
     assert set(logged["eval/episodic_return"]) == {0, 60, 120} and set(logged["charts/episodic_return"]) == set(
         range(20, 121, 20))  # fmt: skip
@@ -107,11 +107,11 @@ def test_a_real_task():
     flags = ["--hidden-dim", 32, "--batch-size", 4, "--learning-starts", 20, "--exploration-steps", 20,
              "--total-timesteps", 26, "--eval-every", 1000, "--eval-episodes", 1, "--plasticity-batch-size", 4,
              "--buffer-size", 1000, "--log-every", 2]  # fmt: skip
-    run_dir = run("--env-id", "dm_control/cartpole-balance-v0", *flags)
+    run_dir, replay = run_and_replay(drq, "--env-id", "dm_control/cartpole-balance-v0", *flags)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["eval/episodic_length"] == 500 and summary["gradient_steps"] == 3
     assert 0 < summary["eval/episodic_return"] < 1000
-    frames = checkpoint(run_dir)["replay"]["frames"]
+    frames = replay["frames"]
     assert frames.shape == (27, 3, 84, 84) and frames.float().std() > 20
     assert len(torch.unique(frames.flatten(1), dim=0)) > 20
 
@@ -152,8 +152,7 @@ def test_a_termination_stops_the_repeat_and_the_bootstrap(serial):
     env.unwrapped.place = np.zeros(2)
     _, reward, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
     assert terminated and not truncated and reward < 1 and env.unwrapped.time == 1
-    run_dir = run(*PIXELS, "--env-id", "pixel_env:EndingDot-v0")
-    record = checkpoint(run_dir)["replay"]["record"]
+    record = run_and_replay(drq, *PIXELS, "--env-id", "pixel_env:EndingDot-v0")[1]["record"]
     assert 0 < record[:, 2].sum() < 60 and set(record[:, 2].tolist()) == {0.0, 1.0}
     age, terminated = record[:, 0], record[:, 2]
     assert all(age[i + 1] == 0 for i in range(len(age) - 1) if terminated[i] == 1)
@@ -275,37 +274,19 @@ def test_evaluation_plays_whole_episodes_and_draws_nothing(serial):
     ["--augmentation-switch-step", 80], ["--env-id", "pixel_env:EndingDot-v0", "--amp"],
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("stop", [60, 73])
-def test_resume_is_bit_identical(flags, stop, serial, monkeypatch):
+def test_resume_is_bit_identical(flags, stop, serial):
     """Stopped at an episode's end and in the middle of one."""
-    assert_resume_is_bit_identical(stop, monkeypatch, *PIXELS, *flags)
+    assert_resume_is_bit_identical(drq, stop, *PIXELS, *flags)
 
 
-def assert_resume_is_bit_identical(stop, monkeypatch, *flags, script=drq):
-    whole = helpers.run(script, *flags)
-    part = stopped_run(stop, monkeypatch, *flags, script=script)
-    helpers.run(script, "--resume", part)
+def assert_resume_is_bit_identical(script, stop, *flags):
+    whole, replay = run_and_replay(script, *flags)
+    part = stopped_run(script, stop, *flags)
+    assert checkpoint(part)["global_step"] == stop
+    _, resumed = run_and_replay(script, "--resume", part)
     assert_same(checkpoint(whole), checkpoint(part))
+    assert_same(replay, resumed)
     assert scalars(whole) == scalars(part)
-
-
-def stopped_run(step, monkeypatch, *flags, script=drq):
-    """The folder of a run that gets a SIGTERM while it takes a step."""
-    act, count = script.act, []
-
-    def stopping(*arguments):
-        count.append(0)
-        if len(count) == step:
-            os.kill(os.getpid(), 15)
-        return act(*arguments)
-
-    before = set(Path("runs").iterdir()) if Path("runs").exists() else set()
-    monkeypatch.setattr(script, "act", stopping)
-    with pytest.raises(SystemExit) as stopped:
-        helpers.run(script, *flags)
-    monkeypatch.setattr(script, "act", act)
-    (part,) = set(Path("runs").iterdir()) - before
-    assert stopped.value.code == 143 and checkpoint(part)["global_step"] == step
-    return part
 
 
 def test_stopping_while_priming(serial, monkeypatch):
@@ -354,7 +335,7 @@ def test_resume_takes_flags_from_the_run_and_refuses_others(capsys, serial):
 
 
 def test_resume_notices_another_environment(capsys, serial, monkeypatch):
-    part = stopped_run(113, monkeypatch, *PIXELS)
+    part = stopped_run(drq, 113, *PIXELS)
     monkeypatch.setattr(pixel_env.DotEnv, "render", lambda self: np.full((24, 24, 3), 255, np.uint8))
     with pytest.raises(SystemExit) as stopped:
         run("--resume", part)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_same, checkpoint, run, scalars, wait_for
-from test_drqv2_plasticity_runs import make_serial_envs, stopped_run
+from helpers import TINY, assert_same, checkpoint, run, run_and_replay, scalars, stopped_run, wait_for
+from test_drqv2_plasticity_runs import make_serial_envs
 
 import adaptive_rr as rr
 import crl_deep as crl
@@ -289,14 +289,13 @@ def test_resumed_twice_within_one_episode(script, monkeypatch):
     """The actions of the interrupted episode are lists after the first resume."""
     for module in PIXEL_SCRIPTS:
         monkeypatch.setattr(module, "make_envs", make_serial_envs)
-    whole = run(script, *TINY[script])
-    part = stopped_run(43, monkeypatch, *TINY[script], script=script)
-    for flags in (["--checkpoint-every", 3, "--total-timesteps", 48], []):
-        run(script, "--resume", part, *flags)
-    assert checkpoint(part)["global_step"] == 120
-    part = stopped_run(45, monkeypatch, *TINY[script], script=script)
-    run(script, "--resume", part, "--checkpoint-every", 2)
+    whole, replay = run_and_replay(script, *TINY[script])
+    part = stopped_run(script, 43, *TINY[script])
+    part = stopped_run(script, 2, "--resume", part, "--checkpoint-every", 2)
+    assert checkpoint(part)["global_step"] == 45
+    _, resumed = run_and_replay(script, "--resume", part, "--checkpoint-every", 2)
     assert_same(checkpoint(whole), checkpoint(part))
+    assert_same(replay, resumed)
 
 
 @every_script
