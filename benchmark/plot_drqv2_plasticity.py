@@ -14,6 +14,7 @@ import argparse
 
 from plotting import aligned, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
 
+LABELS = {"plain": "no augmentation"}
 STARS = "the paper, read from its figures"
 EVENTS = ("plasticity/reset", "plasticity/perturb_factor", "plasticity/injection")
 FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
@@ -71,6 +72,13 @@ def select(runs, envs, arms) -> list:
     return chosen
 
 
+def colours(arms) -> dict:
+    """A colour for every arm: blue without augmentation, orange with it, the other ones the rest."""
+    fixed = {name: colour for name, colour in (("plain", "C0"), ("augmentation", "C1")) if name in arms}
+    free = (f"C{i}" for i in range(30) if f"C{i}" not in fixed.values())
+    return {name: fixed.get(name) or next(free) for name in arms}
+
+
 def full_tag(tag: str) -> str:
     if tag.startswith(("charts/", "drm/")):
         return tag
@@ -106,7 +114,7 @@ def draw_curves(axis, rows, arms) -> None:
     end = max((row["frames"] for row in ours), default=0)
     size, unit = frames_unit(end)
     for name in [name for name in arms if any(row["arm"] == name for row in ours)]:
-        color, label = f"C{arms.index(name)}", name
+        color, label = colours(arms)[name], LABELS.get(name, name)
         for seed in dict.fromkeys(row["seed"] for row in ours if row["arm"] == name):
             line = [row for row in ours if (row["arm"], row["seed"]) == (name, seed)]
             x, mean, low, high = zip(*((row["frames"] / size, row["mean"], row["low"], row["high"]) for row in line))
@@ -166,12 +174,12 @@ def bars(runs, arms, tags, out) -> None:
         frames, values = aligned(seeds, full_tag("return"))
         mean, low, high = (line[-1] for line in mean_and_band(values))
         place = arms.index(name)
-        axes[0].barh(place, mean, xerr=[[mean - low], [high - mean]], color=f"C{place}")
+        axes[0].barh(place, mean, xerr=[[mean - low], [high - mean]], color=colours(arms)[name])
         paper = PAPER.get((env_id, "return", name), [])[-1:]
         axes[0].plot([y for _, y in paper], [place] * len(paper), "k*", ms=7)
         rows.append(dict(env_id=env_id, arm=name, tag="last return", seeds=len(seeds), seed="", frames=int(frames[-1]),
                          mean=mean, low=low, high=high))  # fmt: skip
-    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].set_yticks(range(len(arms)), [LABELS.get(name, name) for name in arms])
     axes[0].invert_yaxis()
     axes[0].set(
         title=f"{env_id.removeprefix('dm_control/')}, last return\nstars: the paper at 3M frames", xlabel="return"
