@@ -524,16 +524,43 @@ def project_weights(module: nn.Module) -> None:
 
 
 # === Contrastive RL (Section 3.1) =====================================================================================
+class PairwiseDistance(torch.autograd.Function):
+    """a, b (n, dim) -> ||a_i - b_j|| (n, n), and its gradient, both by matrix products: far cheaper than differences.
+
+    |a|^2 + |b|^2 - 2ab loses digits where a pair is near, and far from the origin. So both are centred, and positives,
+    which training brings together, are taken from differences. The gradient at distance 0 is 0.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b):
+        centre, difference = b.mean(0), a - b
+        a, b = a - centre, b - centre
+        squared = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1, keepdim=True))
+        squared.diagonal().copy_(difference.square().sum(1))
+        distance = squared.clamp_(min=0).sqrt_()
+        ctx.save_for_backward(a, b, difference, distance)
+        return distance
+
+    @staticmethod
+    def backward(ctx, gradient):
+        a, b, difference, distance = ctx.saved_tensors
+        weight = (gradient / distance).masked_fill_(distance == 0, 0)  # d ||a - b|| / da = (a - b) / ||a - b||
+        positives = weight.diagonal()[:, None] * difference
+        weight.fill_diagonal_(0)
+        gradient_a = torch.addmm(positives + weight.sum(1)[:, None] * a, weight, b, alpha=-1)
+        gradient_b = torch.addmm(weight.sum(0)[:, None] * b - positives, weight.T, a, alpha=-1)
+        return gradient_a, gradient_b
+
+
 def contrastive_loss(phi, psi, logsumexp_coef, direction="forward") -> tuple:
     """InfoNCE over all pairs of a batch: row i's positive is goal i, its negatives are all the other goals.
 
     phi, psi (batch, repr_dim) -> loss (scalar), metrics. f_ij = -||phi_i - psi_j||_2;
     loss = -mean_i [f_ii - logsumexp_j f_ij] + logsumexp_coef mean_i (logsumexp_j (f_ij + 1e-6))^2.
     """
-    # As a matrix product, |a|^2 + |b|^2 - 2ab, distances are far cheaper than from all differences. In float64 it loses
-    # nothing that float32 could hold, and cdist's gradient at distance 0 is 0, not NaN.
-    dtype = torch.float32 if phi.device.type == "mps" else torch.float64
-    energy = -torch.cdist(phi.to(dtype), psi.to(dtype), compute_mode="use_mm_for_euclid_dist").float()  # f_ij
+    # On a GPU float64 costs next to nothing and keeps the products out of TensorFloat-32: too few digits for distances.
+    dtype = torch.float64 if phi.is_cuda else torch.float32
+    energy = -PairwiseDistance.apply(phi.to(dtype), psi.to(dtype)).float()  # f_ij
     positive, row = energy.diagonal(), energy.logsumexp(1)
     if direction == "forward":
         nce = (row - positive).mean()

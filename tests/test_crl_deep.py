@@ -500,6 +500,60 @@ def test_contrastive_loss_survives_equal_embeddings_and_is_exact_near_zero():
     assert metrics["contrastive/logits_pos"].item() == pytest.approx(exact.item(), rel=1e-3)
 
 
+def plain_loss(phi, psi, coef, direction):
+    """The loss from all differences, in float64."""
+    energy = -torch.cdist(phi.double(), psi.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    row, column, positive = energy.logsumexp(1), energy.logsumexp(0), energy.diagonal()
+    nce = {"forward": row - positive, "backward": column - positive, "symmetric": row + column - 2 * positive}
+    return nce[direction].mean() + coef * (row + 1e-6).square().mean()
+
+
+def loss_errors(phi, psi, direction):
+    """Relative errors of the loss and of its two gradients, against float64."""
+    results = []
+    for function in (contrastive_loss, plain_loss):
+        leaves = [x.detach().clone().requires_grad_() for x in (phi, psi)]
+        loss = function(*leaves, 0.1, direction)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "symmetric"])
+@pytest.mark.parametrize("case", ["random", "far from the origin", "near positives", "equal positives"])
+def test_float32_loss_and_gradients_are_float64s(case, direction):
+    torch.manual_seed(0)
+    phi, psi = 0.3 * torch.randn(2, 256, 64)
+    if case == "far from the origin":
+        phi, psi = phi + 30, psi + 30
+    if case == "near positives":
+        phi = psi + 1e-4 * phi
+    if case == "equal positives":
+        phi[::2] = psi[::2]
+    assert max(loss_errors(phi, psi, direction)) < 1e-6
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "symmetric"])
+def test_what_float32_loses_between_negatives_that_nearly_coincide(direction):
+    """Every goal twice, 0.001 of its length apart: a pair's distance to its twin's goal is a difference of products."""
+    torch.manual_seed(0)
+    phi, psi = 0.3 * torch.randn(2, 256, 64)
+    psi[1::2] = psi[::2] + 1e-3 * psi[1::2]
+    phi = psi + 0.1 * phi
+    loss, *gradients = loss_errors(phi, psi, direction)
+    assert loss < 1e-6 and max(gradients) < 1e-4
+
+
+def test_each_gradient_of_the_loss_alone():
+    torch.manual_seed(0)
+    phi, psi = torch.randn(2, 16, 8)
+    both = torch.autograd.grad(contrastive_loss(phi.requires_grad_(), psi.requires_grad_(), 0.1)[0], [phi, psi])
+    for i, leaf in enumerate((phi, psi)):
+        inputs = [x if x is leaf else x.detach() for x in (phi, psi)]
+        (alone,) = torch.autograd.grad(contrastive_loss(*inputs, 0.1)[0], leaf)
+        assert torch.equal(alone, both[i])
+
+
 def test_update_takes_exactly_the_three_gradients():
     """After an update every .grad is its own loss's gradient at the old weights: the actor's loss gives the encoders
     none, the critic gives the actor none, and the actor used the temperature from before."""
