@@ -449,9 +449,34 @@ def test_actor_range_and_log_probability():
     torch.manual_seed(3)
     u = mean + log_std.exp() * torch.randn_like(mean)
     normal = torch.distributions.Normal(mean, log_std.exp())
-    expected = (normal.log_prob(u) - torch.log(1 - torch.tanh(u) ** 2 + 1e-6)).sum(-1)
+    expected = (normal.log_prob(u) - torch.log(1 - torch.tanh(u) ** 2)).sum(-1)
     torch.testing.assert_close(action, torch.tanh(u))
     torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_log_probability_is_exact_where_tanh_saturates(monkeypatch):
+    """Value and gradient against float64; a formula through 1 - tanh(u)^2 loses both from |u| = 5 on."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    u = torch.linspace(-20, 20, 401)[:, None].requires_grad_()
+    log_prob = crl.sample_action(u, torch.zeros_like(u))[1]
+    log_prob.sum().backward()
+    exact = u.detach().double()
+    expected = -0.5 * math.log(2 * math.pi) + 2 * exact.cosh().log()  # 1 - tanh^2 = 1 / cosh^2
+    torch.testing.assert_close(log_prob.double(), expected[:, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(u.grad.double(), 2 * exact.tanh(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["layer", "none", "hypersphere"])
+def test_the_residual_stream_stays_in_float32_under_bfloat16(norm):
+    torch.manual_seed(0)
+    actor, encoder = crl.GaussianActor(3, 2, 2, 16, 64, norm=norm), crl.ResidualMLP(5, 3, 16, 64, norm=norm)
+    inputs = []
+    for module in [*encoder.blocks, encoder.head, *actor.trunk.blocks, actor.trunk.head, actor.log_std_head]:
+        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        actor(torch.randn(4, 3), torch.randn(4, 2))
+        assert encoder(torch.randn(4, 5)).dtype == torch.bfloat16  # the layers are in bfloat16
+    assert inputs == [torch.float32] * (16 + 2 + 16 + 1)
 
 
 # --- losses and the update --------------------------------------------------------------------------------------------
