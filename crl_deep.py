@@ -468,8 +468,13 @@ class ResidualMLP(nn.Module):
         self.blocks = nn.Sequential(*[ResidualBlock(width, norm, activation, residual) for _ in range(depth // 4)])
         self.head = Dense(width, out_dim)
 
+    def hidden(self, x):
+        """What the head reads. In bfloat16 a CPU's layers return bfloat16, and deep sums h + block(h) would be rounded
+        at every block: the residual stream stays in float32."""
+        return self.blocks(self.stem(x).float())
+
     def forward(self, x):
-        return self.head(self.blocks(self.stem(x)))
+        return self.head(self.hidden(x))
 
 
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
@@ -485,7 +490,7 @@ class GaussianActor(nn.Module):
 
     def forward(self, state, goal):
         """(batch, state_dim), (batch, goal_dim) -> mean and log standard deviation before tanh, (batch, action_dim)."""
-        hidden = self.trunk.blocks(self.trunk.stem(torch.cat([state, goal], -1)))
+        hidden = self.trunk.hidden(torch.cat([state, goal], -1))
         mean, raw = self.trunk.head(hidden).float(), self.log_std_head(hidden).float()
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1)
 
