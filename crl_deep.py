@@ -11,8 +11,8 @@ phi, psi and pi are residual networks; "depth" counts the Dense layers inside th
     h <- h + block(h),   block = 4 x (Dense, LayerNorm, Swish)
 Rhythm: 512 environments x 62 steps of data, then 800 gradient steps (1 per 40 environment steps).        -> `train`
 
-    python crl_deep.py                        point mass, U-maze, 2 CPU cores, 3 minutes: one to three of 3 far goals
-    python crl_deep.py --env-id point_room    the same in an open room, 1 minute: at least 0.9 of 24 goals
+    python crl_deep.py                        point mass in a room, 2 CPU cores, 1 minute: at least 0.9 of 24 goals
+    python crl_deep.py --env-id point_u_maze  the same round a wall, 3 minutes: one to three of 3 far goals, by seed
     python crl_deep.py --env-id ant_u4_maze --depth 16       Fig. 1, one GPU, hours; not run yet (paper: 140 of 1000)
     SCALE=paper bash benchmark/crl_deep_fig1_depth.sh        all of Fig. 1, Table 1; the other figures: see README.md
 
@@ -78,7 +78,7 @@ class Args:
     resume: str | None = None  # a run folder to continue; its args.json gives all flags but the few that may change
 
     # environment
-    env_id: str = "point_u_maze"  # <point|ant|humanoid>, alone or with _<maze>: ant_u4_maze, humanoid, point_room, ...
+    env_id: str = "point_room"  # <point|ant|humanoid>, alone or with _<maze>: ant_u4_maze, humanoid, point_room, ...
     eval_env_id: str | None = None  # None: the far goals of the same maze (..._eval) where the paper has such a set
     episode_length: int | None = None  # time limit in steps of one environment
     num_envs: int | None = None  # training environments, stepped side by side
@@ -807,6 +807,7 @@ def resolve_args(args: Args) -> Args:
         args.buffer_device = "cuda" if fits else "cpu"
 
     value, episodes = vars(args), args.num_envs * args.episode_length
+    ring = args.buffer_size // args.num_envs * args.num_envs if args.num_envs > 0 else 0  # what the replay can hold
     to_learn = args.learning_starts + 2 * args.num_envs * args.unroll_length
     same_robot = args.eval_env_id.split("_")[0] == args.env_id.split("_")[0]
     wrong = {  # limit -> the arguments that break it
@@ -820,8 +821,8 @@ def resolve_args(args: Args) -> Args:
         "must be at least 2 steps": ["episode_length"] * (args.episode_length == 1),
         f"must be the same robot as --env-id {args.env_id}": ["eval_env_id"] * (not same_robot),
         f"must hold an episode of every environment, {episodes} steps": ["buffer_size"] * (args.buffer_size < episodes),
-        f"must lie between an episode of every environment, {episodes} steps, and --buffer-size {args.buffer_size}":
-            ["learning_starts"] * (not episodes <= args.learning_starts <= args.buffer_size),
+        f"must lie between an episode of every environment, {episodes} steps, and the {ring} that the replay holds":
+            ["learning_starts"] * (not episodes <= args.learning_starts <= ring),
         f"must leave room to learn after --learning-starts: at least {to_learn} steps":
             ["total_timesteps"] * (args.total_timesteps < to_learn),
         "torch sees no such device here": [n for n in ("device", "buffer_device") if missing.get(value[n])],

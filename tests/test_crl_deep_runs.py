@@ -28,7 +28,7 @@ def run(*flags):
 def test_a_run_through_the_command_line(tmp_path):
     """As a user: the script alone, copied into an empty folder."""
     shutil.copy(SCRIPT, tmp_path / "copied.py")
-    flags = [*POINT, "--exp-name", "first", "--save-model", "--save-value-map", "--save-embeddings"]
+    flags = [*POINT, *"--env-id point_u_maze --exp-name first --save-model --save-value-map --save-embeddings".split()]
     done = subprocess.run([sys.executable, "copied.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "of the goals" in done.stdout
@@ -144,7 +144,7 @@ def test_resume_of_a_finished_run_only_finishes_it(capsys):
     [
         ("--env-id ant_u9_maze", "--env-id ant_u9_maze: unknown environment; known: point, point_room"),
         ("--eval-env-id nothing", "--eval-env-id nothing: unknown environment"),
-        ("--eval-env-id ant_u_maze", "--eval-env-id ant_u_maze: must be the same robot as --env-id point_u_maze"),
+        ("--eval-env-id ant_u_maze", "--eval-env-id ant_u_maze: must be the same robot as --env-id point_room"),
         ("--depth 6", "--depth 6: must be a multiple of 4"),
         ("--critic-depth 10", "--critic-depth 10: must be a multiple of 4"),
         ("--depth 0", "--depth 0: must be greater than 0"),
@@ -158,9 +158,10 @@ def test_resume_of_a_finished_run_only_finishes_it(capsys):
         ("--seed -1", "--seed -1: must lie between 0 and 2**32 - 1"),
         ("--seed 4294967296", "--seed 4294967296: must lie between"),
         ("--num-threads -2", "--num-threads -2: must not be negative"),
-        ("--buffer-size 5000", "--buffer-size 5000: must hold an episode of every environment, 19200 steps"),
-        ("--learning-starts 100", "--learning-starts 100: must lie between an episode of every environment, 19200"),
+        ("--buffer-size 5000", "--buffer-size 5000: must hold an episode of every environment, 9600 steps"),
+        ("--learning-starts 100", "--learning-starts 100: must lie between an episode of every environment, 9600"),
         ("--learning-starts 600000", "--learning-starts 600000: must lie between"),
+        ("--buffer-size 9650 --learning-starts 9650", "9600 steps, and the 9600 that the replay holds"),
         ("--total-timesteps 10000", "--total-timesteps 10000: must leave room to learn"),
         ("--buffer-size 10000000000000 --total-timesteps 10000000000000", "cpu has"),
         ("--depth 40000 --width 20000", "--depth 40000: the run needs about"),
