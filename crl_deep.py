@@ -18,8 +18,10 @@ Rhythm: 512 environments x 62 steps of data, then 800 gradient steps (1 per 40 e
 
 Where this differs from the official code, and why:
  1. The paper prints f = +||phi - psi||; its code uses the negative, as here.
- 2. MuJoCo simulates, not Brax's spring backend: ant and humanoid scores do not compare one to one. The ant and the
-    humanoid are gymnasium's; all their geoms touch the walls (in Brax's maze only feet, torso and hip capsules do).
+ 2. MuJoCo simulates gymnasium's ant and humanoid, not Brax's spring backend its own. The ant's motors are weakened
+    until it falls, stands and moves about as Brax's does under random actions; the humanoid falls four times
+    as soon (benchmark/README.md has the numbers). Scores do not compare one to one. All geoms touch the walls (in
+    Brax's maze only feet, torso and hip capsules do). Quaternions have norm 1 from the first observation on.
  3. Every reset draws a new start and goal; Brax's auto-reset repeats each environment's first (--fixed-resets).
  4. The humanoid's state does not contain the commanded goal (Brax's q, inertia and velocity of the target leak it).
     It is gymnasium's observation with x and y (272 numbers), of the state itself instead of one physics step late.
@@ -169,7 +171,7 @@ HUMANOID_BIG_MAZE_EVAL = "11111111 1R011GG1 10010GG1 11000111 10010001 101G01G1 
 CORRIDORS = ("u_maze", "u4_maze", "u5_maze")  # no fork: "d cells further" is one cell
 
 # The point mass of JaxGCRL's simple maze: 5 N on 0.327 kg + 1 kg armature, no damping, radius 0.25 m.
-POINT_XML = """<mujoco> <option timestep="0.01"/> <worldbody>
+POINT_XML = """<mujoco> <worldbody>
   <light pos="0 0 30" dir="0 0 -1"/>
   <geom type="plane" size="40 40 1" contype="0" conaffinity="0" rgba=".9 .9 .9 1"/>
   <body pos="0 0 0.25">
@@ -189,16 +191,20 @@ class Robot(NamedTuple):
     reset_noise: float  # U(-noise, noise) on every position, noise * N(0, 1) on every velocity
     healthy_height: tuple  # the episode ends when the torso's height leaves this range, m
     goal_distance: tuple  # on the open floor: the goal's distance from the start, m
+    physics_step: float  # s
+    physics_steps: int  # per env step
+    gear: float | None = None  # of every motor, N m at full control; None: the XML's own
     qpos: tuple = ()  # initial positions; (): the XML's own
 
 
+# The ant's physics step is the official one. With gymnasium's, and its gear of 150, it threw itself out of its healthy
+# range 26 times as often as Brax's; with 75 it falls, stands and moves about like that one (benchmark/README.md).
 ANT_QPOS = (0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1)
-ROBOTS = {
-    "point": Robot(POINT_XML, 4, 2, 2, 2.0, 0.1, (-np.inf, np.inf), (1.0, 5.0)),
-    "ant": Robot("ant.xml", 29, 2, 8, 4.0, 0.1, (0.2, 1.0), (10.0, 10.0), ANT_QPOS),
-    "humanoid": Robot("humanoid.xml", 272, 3, 17, 2.0, 0.0, (1.0, 2.0), (1.0, 5.0)),
+ROBOTS = {  # state, goal and action dimensions; cell, noise; healthy heights; goal distances; physics; gear, positions
+    "point": Robot(POINT_XML, 4, 2, 2, 2.0, 0.1, (-np.inf, np.inf), (1.0, 5.0), 0.01, 5),
+    "ant": Robot("ant.xml", 29, 2, 8, 4.0, 0.1, (0.2, 1.0), (10.0, 10.0), 0.005, 10, 75.0, ANT_QPOS),
+    "humanoid": Robot("humanoid.xml", 272, 3, 17, 2.0, 0.0, (1.0, 2.0), (1.0, 5.0), 0.003, 5),
 }
-FRAME_SKIP = 5  # physics steps per env step: 0.05 s for point and ant, 0.015 s for the humanoid
 GOAL_RADIUS, EASY_GOAL_RADIUS, HUMANOID_GOAL_HEIGHT = 0.5, 2.0, 1.25  # m
 ENV_IDS = [robot + layout for robot in ROBOTS for layout in ("", *("_" + name for name in LAYOUTS))]
 
@@ -234,8 +240,9 @@ class MujocoEnvs:
 
     state (num_envs, state_dim): observations without the goal; goal (num_envs, goal_dim): commanded goals; steps and
     time_at_goal (num_envs,): env steps since the reset, and how many of them ended at the goal; episode (num_envs,):
-    resets so far. A world is nothing but its row of physics (num_envs, 1 + nq + nv: time, positions, velocities), so
-    a row is reset by writing it. Row i's k-th reset draws from a generator seeded with (*seed, i, k).
+    resets so far; fallen (num_envs,): whether the last step left the healthy range. A world is nothing but its row of
+    physics (num_envs, 1 + nq + nv: time, positions, velocities), so a row is reset by writing it. Row i's k-th reset
+    draws from a generator seeded with (*seed, i, k).
     """
 
     def __init__(self, env_id, num_envs, episode_length, seed, num_threads=0, fixed_resets=False):
@@ -257,7 +264,10 @@ class MujocoEnvs:
             spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets" / robot.xml))
         else:
             spec = mujoco.MjSpec.from_string(robot.xml)
-        spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER  # gymnasium's RK4 costs 3.5 times as much
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER  # gymnasium's RK4 costs twice as much
+        spec.option.timestep = robot.physics_step
+        for actuator in spec.actuators:
+            actuator.gear[0] = robot.gear or actuator.gear[0]
         for i, j in cells["1"]:  # boxes half a cell high; the point mass slides along them without friction
             spec.worldbody.add_geom(
                 type=mujoco.mjtGeom.mjGEOM_BOX, size=[robot.cell / 2, robot.cell / 2, robot.cell / 4],
@@ -279,6 +289,7 @@ class MujocoEnvs:
         self.state = np.zeros((num_envs, robot.state_dim), np.float32)
         self.goal = np.zeros((num_envs, robot.goal_dim), np.float32)
         self.steps, self.time_at_goal, self.episode = np.zeros((3, num_envs), np.int64)
+        self.fallen = np.zeros(num_envs, bool)
 
     def _observe(self, rows, sensors) -> None:
         """Writes state from physics. Point and ant: positions and velocities. Humanoid: as in gymnasium also each
@@ -314,6 +325,8 @@ class MujocoEnvs:
                 start, goal = np.zeros(2), distance * np.array([np.cos(angle), np.sin(angle)])
             qpos = self.qpos + rng.uniform(-noise, noise, self.model.nq)
             qpos[:2] += start
+            if self.robot_name != "point":
+                mujoco.mju_normalize4(qpos[3:7])  # the torso's quaternion, as it is after every step
             self.physics[i] = np.concatenate([[0.0], qpos, noise * rng.standard_normal(self.model.nv)])
             self.goal[i] = [*goal, HUMANOID_GOAL_HEIGHT][: self.robot.goal_dim]
         self.steps[rows] = self.time_at_goal[rows] = 0
@@ -325,18 +338,20 @@ class MujocoEnvs:
         """action (num_envs, action_dim) in [-1, 1] -> done (num_envs,): fallen over, or the time limit is reached.
         state is then the episode's last, until `reset`."""
         # Sensor values belong to the state before a physics step: a robot with sensors takes one step more than needed.
-        physics_steps = FRAME_SKIP + (self.model.nsensor > 0)
-        control = np.repeat((action * self.model.actuator_ctrlrange[:, 1])[:, None], physics_steps, axis=1)
+        needed = self.robot.physics_steps
+        repeats = needed + (self.model.nsensor > 0)
+        control = np.repeat((action * self.model.actuator_ctrlrange[:, 1])[:, None], repeats, axis=1)
         before = self.physics[:, 0].copy()
         physics, sensors = self.rollout.rollout(self.model, self.data, self.physics, control)
-        self.physics[:] = physics[:, FRAME_SKIP - 1]
+        self.physics[:] = physics[:, needed - 1]
         self._observe(slice(None), sensors[:, -1])
         self.steps += 1
         self.time_at_goal += self.distance() < GOAL_RADIUS
         height, (low, high) = self.physics[:, 3], self.robot.healthy_height  # the point mass has none, and no limits
-        expected = before + (FRAME_SKIP - 0.5) * self.model.opt.timestep
+        expected = before + (needed - 0.5) * self.model.opt.timestep
         diverged = self.physics[:, 0] < expected  # MuJoCo starts a world and its clock anew when its physics blow up
-        return (height < low) | (height > high) | diverged | (self.steps >= self.episode_length)
+        self.fallen = (height < low) | (height > high) | diverged
+        return self.fallen | (self.steps >= self.episode_length)
 
     def distance(self) -> np.ndarray:
         """Distance (num_envs,) of every torso to its commanded goal, m."""
@@ -1036,7 +1051,7 @@ def train(args: Args) -> Path:
         step_start = time.time()
         learning = replay.size * args.num_envs >= args.learning_starts  # before collecting: 17 unrolls of prefill
         # Collect: the stochastic policy pursues the commanded goals
-        returns, lengths = [], []
+        returns, lengths, fallen = [], [], []
         with torch.no_grad():
             for _ in range(args.unroll_length):
                 state, goal = torch.from_numpy(envs.state).to(device), torch.from_numpy(envs.goal).to(device)
@@ -1045,6 +1060,7 @@ def train(args: Args) -> Path:
                 done = envs.step(action.cpu().numpy())
                 returns.extend(envs.time_at_goal[done])
                 lengths.extend(envs.steps[done])
+                fallen.extend(envs.fallen[done])
                 envs.reset(done)
         global_step += steps_per_unroll
 
@@ -1075,7 +1091,8 @@ def train(args: Args) -> Path:
              "charts/replay_size": replay.size * args.num_envs, "charts/frames": global_step,
              "charts/replay_ratio": args.gradient_steps / steps_per_unroll if learning else 0})  # fmt: skip
         if returns:  # of the sparse reward: 1 for every step that ends at the goal
-            log({"charts/episodic_return": np.mean(returns), "charts/episodic_length": np.mean(lengths)})
+            log({"charts/episodic_return": np.mean(returns), "charts/episodic_length": np.mean(lengths),
+                 "charts/fallen": np.mean(fallen)})  # fmt: skip
             bar.set_postfix(time_at_goal=f"{np.mean(returns):.1f}")
         bar.update(steps_per_unroll)
         if args.log_residual_norms and learning and is_due(args.eval_every):

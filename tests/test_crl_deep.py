@@ -120,7 +120,7 @@ def test_every_environment_builds_and_steps(env_id):
     if env_id == "humanoid":
         assert (envs.goal[:, 2] == 1.25).all()
         assert (np.linalg.norm(envs.goal[:, :2], axis=1) <= 5).all()
-        assert envs.model.opt.timestep * crl.FRAME_SKIP == pytest.approx(0.015)
+        assert envs.model.opt.timestep * robot.physics_steps == pytest.approx(0.015)
 
 
 @pytest.mark.parametrize("env_id", ["point_u_maze", "ant_u4_maze", "humanoid_u_maze"])
@@ -138,7 +138,7 @@ def test_steps_equal_a_plain_mujoco_loop(env_id):
             data.qpos[:], data.qvel[:] = before[row, 1 : 1 + nq], before[row, 1 + nq :]
             data.ctrl[:] = action[row] * model.actuator_ctrlrange[:, 1]
             data.qacc_warmstart[:] = 0  # a rollout starts the solver afresh
-            for _ in range(crl.FRAME_SKIP):
+            for _ in range(envs.robot.physics_steps):
                 mujoco.mj_step(model, data)
             np.testing.assert_array_equal(envs.physics[row, 1:], np.concatenate([data.qpos, data.qvel]))
             np.testing.assert_array_equal(envs.state[row, : nq + model.nv], envs.physics[row, 1:].astype(np.float32))
@@ -200,7 +200,54 @@ def test_falling_over_ends_the_episode():
     envs.physics[1, 3] = 1.2  # the torso's height
     envs.physics[2, 16:] = 1e11  # velocities that make MuJoCo start the world anew, in an episode's first step
     done = envs.step(np.zeros((3, 8), np.float32))
-    assert done.tolist() == [False, True, True] and np.isfinite(envs.state).all()
+    assert done.tolist() == envs.fallen.tolist() == [False, True, True] and np.isfinite(envs.state).all()
+
+
+def test_the_time_limit_is_no_fall():
+    envs = MujocoEnvs("ant", 2, 1, (1, 0), 1)
+    envs.reset(np.ones(2, bool))
+    envs.physics[1, 3] = 1.2
+    done = envs.step(np.zeros((2, 8), np.float32))
+    assert done.tolist() == [True, True] and envs.fallen.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("env_id", ["ant", "humanoid"])
+def test_quaternions_have_norm_one_from_the_first_observation_on(env_id):
+    envs = MujocoEnvs(env_id, 16, 10, (1, 0), 1)
+    envs.reset(np.ones(16, bool))
+    np.testing.assert_allclose(np.linalg.norm(envs.state[:, 3:7], axis=1), 1, atol=1e-6)
+    if env_id == "ant":
+        assert np.ptp(envs.state[:, 3]) > 0.001  # the reset noise turns the torso
+
+
+def random_rollout(env_id, num_envs, steps):
+    """Uniform random actions on the open floor -> env steps per fall, and every step's torso height and speed."""
+    envs, rng = MujocoEnvs(env_id, num_envs, 10**9, (2, 0), 2), np.random.default_rng(2)
+    envs.reset(np.ones(num_envs, bool))
+    falls, height, speed = 0, [], []
+    for _ in range(steps):
+        action = rng.uniform(-1, 1, (num_envs, envs.robot.action_dim)).astype(np.float32)
+        fallen = envs.step(action)
+        falls += fallen.sum()
+        height.append(envs.state[:, 2].copy())
+        speed.append(np.linalg.norm(envs.state[:, envs.model.nq :][:, :2], axis=1))
+        envs.reset(fallen)
+    return num_envs * steps / max(falls, 1), np.concatenate(height), np.concatenate(speed)
+
+
+def test_the_ant_falls_stands_and_moves_about_as_braxs():
+    """Against 128,000 steps of Brax's spring ant; gymnasium's gear and step give a fall per 50 to 70 steps."""
+    steps_per_fall, height, speed = random_rollout("ant", 128, 300)
+    assert 1803 / 3 < steps_per_fall < 1803 * 3
+    assert np.median(height) == pytest.approx(0.586, abs=0.02)
+    assert np.quantile(height, 0.99) == pytest.approx(0.860, abs=0.05)
+    assert 0.839 / 1.5 < np.median(speed) < 0.839 * 1.5
+
+
+def test_the_humanoid_falls_sooner_than_braxs():
+    """Documented, not mended: Brax's falls once in 102 steps."""
+    steps_per_fall, height, _ = random_rollout("humanoid", 32, 100)
+    assert 20 < steps_per_fall < 35 and np.median(height) == pytest.approx(1.24, abs=0.04)
 
 
 def test_point_mass_dynamics_and_walls():

@@ -47,7 +47,7 @@ def test_a_run_through_the_command_line(tmp_path):
     assert list(logged["charts/gradient_steps"].values()) == [0, 0, *range(3, 40, 3)]
     assert list(logged["losses/critic"]) == list(range(120, 601, 40))
     assert list(logged["charts/episodic_return"]) == list(range(80, 601, 80))  # an episode lasts 2 unrolls
-    assert set(logged["charts/episodic_length"].values()) == {20}
+    assert set(logged["charts/episodic_length"].values()) == {20} and set(logged["charts/fallen"].values()) == {0}
     for tag in ("eval/success_any", "eval/final_distance", "losses/actor", "losses/alpha", "contrastive/logits_pos"):
         assert all(np.isfinite(list(logged[tag].values()))), tag
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -65,6 +65,15 @@ def test_every_family_trains(env_id):
     logged = scalars(run_dir)
     assert all(np.isfinite(list(values.values())).all() for values in logged.values())
     assert {"residual/actor/block_000", "residual/goal_encoder/block_001"} <= set(logged)
+
+
+def test_the_share_of_falls_is_logged(monkeypatch):
+    robot = crl.ROBOTS["ant"]
+    monkeypatch.setitem(crl.ROBOTS, "ant", robot._replace(healthy_height=(0.4, 0.56)))
+    logged = scalars(run("--env-id", "ant", *POINT))
+    lengths, fallen = (list(logged[f"charts/{tag}"].values()) for tag in ("episodic_length", "fallen"))
+    assert all(share > 0 for share in fallen) and min(fallen) < 1  # some episodes reach their 20 steps
+    assert all((length < 20) == (share > 0) for length, share in zip(lengths, fallen, strict=True))
 
 
 def test_last_five_evaluations(monkeypatch):
