@@ -170,7 +170,7 @@ def test_resume_of_a_finished_run_only_finishes_it(capsys):
         ("--buffer-size 5000", "--buffer-size 5000: must hold an episode of every environment, 9600 steps"),
         ("--learning-starts 100", "--learning-starts 100: must lie between an episode of every environment, 9600"),
         ("--learning-starts 600000", "--learning-starts 600000: must lie between"),
-        ("--buffer-size 9650 --learning-starts 9650", "9600 steps, and the 9600 that the replay holds"),
+        ("--env-id point_u_maze --buffer-size 19250 --learning-starts 19250", "and the 19200 that the replay holds"),
         ("--total-timesteps 10000", "--total-timesteps 10000: must leave room to learn"),
         ("--buffer-size 10000000000000 --total-timesteps 10000000000000", "cpu has"),
         ("--depth 40000 --width 20000", "--depth 40000: the run needs about"),
