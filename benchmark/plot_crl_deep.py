@@ -258,10 +258,10 @@ def quickstart(runs, out) -> None:
     steps, success = run.series("eval/success_any")
     axes[0].plot(steps / 1e3, success, "o-", ms=3, color="tab:green", label="goal reached")
     time_at_goal = run.series("eval/time_at_goal")[1] / run.args["episode_length"]
-    axes[0].plot(steps / 1e3, time_at_goal, "o-", ms=3, color="tab:blue", label="share of the episode at the goal")
+    axes[0].plot(steps / 1e3, time_at_goal, "o-", ms=3, color="tab:blue", label="share of time at the goal")
     title = f"{run.args['eval_env_id']}, seed {run.args['seed']}: all {len(saved['goals'])} goals"
     axes[0].set(ylim=(-0.02, 1.02), xlabel="thousand environment steps", title=title)
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
     for k, axis in zip(numbers, axes[1:]):
         draw_value_map(axis, saved, k)
         axis.set_title("the critic's values for one goal (star)\nand episodes of the policy (white)")

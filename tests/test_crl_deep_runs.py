@@ -69,10 +69,10 @@ def test_every_family_trains(env_id):
 
 def test_the_share_of_falls_is_logged(monkeypatch):
     robot = crl.ROBOTS["ant"]
-    monkeypatch.setitem(crl.ROBOTS, "ant", robot._replace(healthy_height=(0.4, 0.56)))
+    monkeypatch.setitem(crl.ROBOTS, "ant", robot._replace(healthy_height=(0.2, 0.7)))
     logged = scalars(run("--env-id", "ant", *POINT))
     lengths, fallen = (list(logged[f"charts/{tag}"].values()) for tag in ("episodic_length", "fallen"))
-    assert all(share > 0 for share in fallen) and min(fallen) < 1  # some episodes reach their 20 steps
+    assert 0 in fallen and any(0 < share < 1 for share in fallen)  # some episodes reach their 20 steps
     assert all((length < 20) == (share > 0) for length, share in zip(lengths, fallen, strict=True))
 
 
