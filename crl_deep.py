@@ -11,15 +11,17 @@ phi, psi and pi are residual networks; "depth" counts the Dense layers inside th
     h <- h + block(h),   block = 4 x (Dense, LayerNorm, Swish)
 Rhythm: 512 environments x 62 steps of data, then 800 gradient steps (1 per 40 environment steps).        -> `train`
 
-    python crl_deep.py                        point mass, U-maze, 2 CPU cores, 3 minutes: one to three of 3 far goals
-    python crl_deep.py --env-id point_room    the same in an open room, 1 minute: at least 0.9 of 24 goals
+    python crl_deep.py                        point mass in a room, 2 CPU cores, 1 minute: at least 0.9 of 24 goals
+    python crl_deep.py --env-id point_u_maze  the same round a wall, 3 minutes: one to three of 3 far goals, by seed
     python crl_deep.py --env-id ant_u4_maze --depth 16       Fig. 1, one GPU, hours; not run yet (paper: 140 of 1000)
     SCALE=paper bash benchmark/crl_deep_fig1_depth.sh        all of Fig. 1, Table 1; the other figures: see README.md
 
 Where this differs from the official code, and why:
  1. The paper prints f = +||phi - psi||; its code uses the negative, as here.
- 2. MuJoCo simulates, not Brax's spring backend: ant and humanoid scores do not compare one to one. The ant and the
-    humanoid are gymnasium's; all their geoms touch the walls (in Brax's maze only feet, torso and hip capsules do).
+ 2. MuJoCo simulates gymnasium's ant and humanoid, not Brax's spring backend its own. The ant's motors are weakened
+    until it falls, stands and moves about as Brax's does under random actions; the humanoid falls four times
+    as soon (benchmark/README.md has the numbers). Scores do not compare one to one. All geoms touch the walls (in
+    Brax's maze only feet, torso and hip capsules do). Quaternions have norm 1 from the first observation on.
  3. Every reset draws a new start and goal; Brax's auto-reset repeats each environment's first (--fixed-resets).
  4. The humanoid's state does not contain the commanded goal (Brax's q, inertia and velocity of the target leak it).
     It is gymnasium's observation with x and y (272 numbers), of the state itself instead of one physics step late.
@@ -28,7 +30,8 @@ Where this differs from the official code, and why:
  7. Batches of more than 639 draw further windows; officially they would silently do fewer gradient steps.
  8. --total-timesteps is honoured to one training step (3,133 of them in 100M); officially 100 epochs of 31 are run.
  9. psi(g) is computed once per gradient step; the actor's loss builds no gradient of phi's weights (both exact).
-10. Matrix products are in float32; on a GPU, JAX's default is TensorFloat-32 (--tf32).
+10. Matrix products are in float32; on a GPU, JAX's default is TensorFloat-32 (--tf32). log pi is exact where tanh
+    saturates (a third of the initial actions at depth 64); log(1 - a^2 + 1e-6) errs there and loses its gradient.
 11. The accuracy and the logits are logged; officially these are zeros. The flags `*_skip_connections` were dead there.
 Kept as it is: the state after an episode's last action is not stored, so it is never a goal.
 Not in this file: arm tasks, collector and learner of different depth, other energies, quasimetric heads, acting by the
@@ -82,7 +85,7 @@ class Args:
     resume: str | None = None  # a run folder to continue; its args.json gives all flags but the few that may change
 
     # environment
-    env_id: str = "point_u_maze"  # <point|ant|humanoid>, alone or with _<maze>: ant_u4_maze, humanoid, point_room, ...
+    env_id: str = "point_room"  # <point|ant|humanoid>, alone or with _<maze>: ant_u4_maze, humanoid, point_room, ...
     eval_env_id: str | None = None  # None: the far goals of the same maze (..._eval) where the paper has such a set
     episode_length: int | None = None  # time limit in steps of one environment
     num_envs: int | None = None  # training environments, stepped side by side
@@ -173,7 +176,7 @@ HUMANOID_BIG_MAZE_EVAL = "11111111 1R011GG1 10010GG1 11000111 10010001 101G01G1 
 CORRIDORS = ("u_maze", "u4_maze", "u5_maze")  # no fork: "d cells further" is one cell
 
 # The point mass of JaxGCRL's simple maze: 5 N on 0.327 kg + 1 kg armature, no damping, radius 0.25 m.
-POINT_XML = """<mujoco> <option timestep="0.01"/> <worldbody>
+POINT_XML = """<mujoco> <worldbody>
   <light pos="0 0 30" dir="0 0 -1"/>
   <geom type="plane" size="40 40 1" contype="0" conaffinity="0" rgba=".9 .9 .9 1"/>
   <body pos="0 0 0.25">
@@ -193,16 +196,20 @@ class Robot(NamedTuple):
     reset_noise: float  # U(-noise, noise) on every position, noise * N(0, 1) on every velocity
     healthy_height: tuple  # the episode ends when the torso's height leaves this range, m
     goal_distance: tuple  # on the open floor: the goal's distance from the start, m
+    physics_step: float  # s
+    physics_steps: int  # per env step
+    gear: float | None = None  # of every motor, N m at full control; None: the XML's own
     qpos: tuple = ()  # initial positions; (): the XML's own
 
 
+# The ant's physics step is the official one. With gymnasium's, and its gear of 150, it threw itself out of its healthy
+# range 26 times as often as Brax's; with 75 it falls, stands and moves about like that one (benchmark/README.md).
 ANT_QPOS = (0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1)
-ROBOTS = {
-    "point": Robot(POINT_XML, 4, 2, 2, 2.0, 0.1, (-np.inf, np.inf), (1.0, 5.0)),
-    "ant": Robot("ant.xml", 29, 2, 8, 4.0, 0.1, (0.2, 1.0), (10.0, 10.0), ANT_QPOS),
-    "humanoid": Robot("humanoid.xml", 272, 3, 17, 2.0, 0.0, (1.0, 2.0), (1.0, 5.0)),
+ROBOTS = {  # state, goal and action dimensions; cell, noise; healthy heights; goal distances; physics; gear, positions
+    "point": Robot(POINT_XML, 4, 2, 2, 2.0, 0.1, (-np.inf, np.inf), (1.0, 5.0), 0.01, 5),
+    "ant": Robot("ant.xml", 29, 2, 8, 4.0, 0.1, (0.2, 1.0), (10.0, 10.0), 0.005, 10, 75.0, ANT_QPOS),
+    "humanoid": Robot("humanoid.xml", 272, 3, 17, 2.0, 0.0, (1.0, 2.0), (1.0, 5.0), 0.003, 5),
 }
-FRAME_SKIP = 5  # physics steps per env step: 0.05 s for point and ant, 0.015 s for the humanoid
 GOAL_RADIUS, EASY_GOAL_RADIUS, HUMANOID_GOAL_HEIGHT = 0.5, 2.0, 1.25  # m
 ENV_IDS = [robot + layout for robot in ROBOTS for layout in ("", *("_" + name for name in LAYOUTS))]
 
@@ -238,8 +245,9 @@ class MujocoEnvs:
 
     state (num_envs, state_dim): observations without the goal; goal (num_envs, goal_dim): commanded goals; steps and
     time_at_goal (num_envs,): env steps since the reset, and how many of them ended at the goal; episode (num_envs,):
-    resets so far. A world is nothing but its row of physics (num_envs, 1 + nq + nv: time, positions, velocities), so
-    a row is reset by writing it. Row i's k-th reset draws from a generator seeded with (*seed, i, k).
+    resets so far; fallen (num_envs,): whether the last step left the healthy range. A world is nothing but its row of
+    physics (num_envs, 1 + nq + nv: time, positions, velocities), so a row is reset by writing it. Row i's k-th reset
+    draws from a generator seeded with (*seed, i, k).
     """
 
     def __init__(self, env_id, num_envs, episode_length, seed, num_threads=0, fixed_resets=False):
@@ -261,7 +269,10 @@ class MujocoEnvs:
             spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets" / robot.xml))
         else:
             spec = mujoco.MjSpec.from_string(robot.xml)
-        spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER  # gymnasium's RK4 costs 3.5 times as much
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER  # gymnasium's RK4 costs twice as much
+        spec.option.timestep = robot.physics_step
+        for actuator in spec.actuators:
+            actuator.gear[0] = robot.gear or actuator.gear[0]
         for i, j in cells["1"]:  # boxes half a cell high; the point mass slides along them without friction
             spec.worldbody.add_geom(
                 type=mujoco.mjtGeom.mjGEOM_BOX, size=[robot.cell / 2, robot.cell / 2, robot.cell / 4],
@@ -283,6 +294,7 @@ class MujocoEnvs:
         self.state = np.zeros((num_envs, robot.state_dim), np.float32)
         self.goal = np.zeros((num_envs, robot.goal_dim), np.float32)
         self.steps, self.time_at_goal, self.episode = np.zeros((3, num_envs), np.int64)
+        self.fallen = np.zeros(num_envs, bool)
 
     def _observe(self, rows, sensors) -> None:
         """Writes state from physics. Point and ant: positions and velocities. Humanoid: as in gymnasium also each
@@ -318,6 +330,8 @@ class MujocoEnvs:
                 start, goal = np.zeros(2), distance * np.array([np.cos(angle), np.sin(angle)])
             qpos = self.qpos + rng.uniform(-noise, noise, self.model.nq)
             qpos[:2] += start
+            if self.robot_name != "point":
+                mujoco.mju_normalize4(qpos[3:7])  # the torso's quaternion, as it is after every step
             self.physics[i] = np.concatenate([[0.0], qpos, noise * rng.standard_normal(self.model.nv)])
             self.goal[i] = [*goal, HUMANOID_GOAL_HEIGHT][: self.robot.goal_dim]
         self.steps[rows] = self.time_at_goal[rows] = 0
@@ -329,18 +343,20 @@ class MujocoEnvs:
         """action (num_envs, action_dim) in [-1, 1] -> done (num_envs,): fallen over, or the time limit is reached.
         state is then the episode's last, until `reset`."""
         # Sensor values belong to the state before a physics step: a robot with sensors takes one step more than needed.
-        physics_steps = FRAME_SKIP + (self.model.nsensor > 0)
-        control = np.repeat((action * self.model.actuator_ctrlrange[:, 1])[:, None], physics_steps, axis=1)
+        needed = self.robot.physics_steps
+        repeats = needed + (self.model.nsensor > 0)
+        control = np.repeat((action * self.model.actuator_ctrlrange[:, 1])[:, None], repeats, axis=1)
         before = self.physics[:, 0].copy()
         physics, sensors = self.rollout.rollout(self.model, self.data, self.physics, control)
-        self.physics[:] = physics[:, FRAME_SKIP - 1]
+        self.physics[:] = physics[:, needed - 1]
         self._observe(slice(None), sensors[:, -1])
         self.steps += 1
         self.time_at_goal += self.distance() < GOAL_RADIUS
         height, (low, high) = self.physics[:, 3], self.robot.healthy_height  # the point mass has none, and no limits
-        expected = before + (FRAME_SKIP - 0.5) * self.model.opt.timestep
+        expected = before + (needed - 0.5) * self.model.opt.timestep
         diverged = self.physics[:, 0] < expected  # MuJoCo starts a world and its clock anew when its physics blow up
-        return (height < low) | (height > high) | diverged | (self.steps >= self.episode_length)
+        self.fallen = (height < low) | (height > high) | diverged
+        return self.fallen | (self.steps >= self.episode_length)
 
     def distance(self) -> np.ndarray:
         """Distance (num_envs,) of every torso to its commanded goal, m."""
@@ -473,8 +489,13 @@ class ResidualMLP(nn.Module):
         self.blocks = nn.Sequential(*[ResidualBlock(width, norm, activation, residual) for _ in range(depth // 4)])
         self.head = Dense(width, out_dim)
 
+    def hidden(self, x):
+        """What the head reads. In bfloat16 a CPU's layers return bfloat16, and deep sums h + block(h) would be rounded
+        at every block: the residual stream stays in float32."""
+        return self.blocks(self.stem(x).float())
+
     def forward(self, x):
-        return self.head(self.blocks(self.stem(x)))
+        return self.head(self.hidden(x))
 
 
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
@@ -490,7 +511,7 @@ class GaussianActor(nn.Module):
 
     def forward(self, state, goal):
         """(batch, state_dim), (batch, goal_dim) -> mean and log standard deviation before tanh, (batch, action_dim)."""
-        hidden = self.trunk.blocks(self.trunk.stem(torch.cat([state, goal], -1)))
+        hidden = self.trunk.hidden(torch.cat([state, goal], -1))
         mean, raw = self.trunk.head(hidden).float(), self.log_std_head(hidden).float()
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1)
 
@@ -498,9 +519,11 @@ class GaussianActor(nn.Module):
 def sample_action(mean, log_std) -> tuple:
     """a = tanh(u), u ~ N(mean, std^2), reparameterised -> action (batch, action_dim), log pi(a | s, g) (batch,)."""
     noise = torch.randn_like(mean)
-    action = torch.tanh(mean + log_std.exp() * noise)
+    u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * float(np.log(2 * np.pi))
-    return action, (log_normal - torch.log(1 - action**2 + 1e-6)).sum(-1)
+    # log(1 - tanh(u)^2) = log(4 e / (1 + e)^2) with e = exp(-2 |u|): exact where tanh(u) rounds to 1, gradient included
+    log_slope = 2 * (float(np.log(2)) - u.abs() - torch.log1p(torch.exp(-2 * u.abs())))
+    return torch.tanh(u), (log_normal - log_slope).sum(-1)
 
 
 class Agent(nn.Module):
@@ -530,16 +553,43 @@ def project_weights(module: nn.Module) -> None:
 
 
 # === Contrastive RL (Section 3.1) =====================================================================================
+class PairwiseDistance(torch.autograd.Function):
+    """a, b (n, dim) -> ||a_i - b_j|| (n, n), and its gradient, both by matrix products: far cheaper than differences.
+
+    |a|^2 + |b|^2 - 2ab loses digits where a pair is near, and far from the origin. So both are centred, and positives,
+    which training brings together, are taken from differences. The gradient at distance 0 is 0.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b):
+        centre, difference = b.mean(0), a - b
+        a, b = a - centre, b - centre
+        squared = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1, keepdim=True))
+        squared.diagonal().copy_(difference.square().sum(1))
+        distance = squared.clamp_(min=0).sqrt_()
+        ctx.save_for_backward(a, b, difference, distance)
+        return distance
+
+    @staticmethod
+    def backward(ctx, gradient):
+        a, b, difference, distance = ctx.saved_tensors
+        weight = (gradient / distance).masked_fill_(distance == 0, 0)  # d ||a - b|| / da = (a - b) / ||a - b||
+        positives = weight.diagonal()[:, None] * difference
+        weight.fill_diagonal_(0)
+        gradient_a = torch.addmm(positives + weight.sum(1)[:, None] * a, weight, b, alpha=-1)
+        gradient_b = torch.addmm(weight.sum(0)[:, None] * b - positives, weight.T, a, alpha=-1)
+        return gradient_a, gradient_b
+
+
 def contrastive_loss(phi, psi, logsumexp_coef, direction="forward") -> tuple:
     """InfoNCE over all pairs of a batch: row i's positive is goal i, its negatives are all the other goals.
 
     phi, psi (batch, repr_dim) -> loss (scalar), metrics. f_ij = -||phi_i - psi_j||_2;
     loss = -mean_i [f_ii - logsumexp_j f_ij] + logsumexp_coef mean_i (logsumexp_j (f_ij + 1e-6))^2.
     """
-    # As a matrix product, |a|^2 + |b|^2 - 2ab, distances are far cheaper than from all differences. In float64 it loses
-    # nothing that float32 could hold, and cdist's gradient at distance 0 is 0, not NaN.
-    dtype = torch.float32 if phi.device.type == "mps" else torch.float64
-    energy = -torch.cdist(phi.to(dtype), psi.to(dtype), compute_mode="use_mm_for_euclid_dist").float()  # f_ij
+    # On a GPU float64 costs next to nothing and keeps the products out of TensorFloat-32: too few digits for distances.
+    dtype = torch.float64 if phi.is_cuda else torch.float32
+    energy = -PairwiseDistance.apply(phi.to(dtype), psi.to(dtype)).float()  # f_ij
     positive, row = energy.diagonal(), energy.logsumexp(1)
     if direction == "forward":
         nce = (row - positive).mean()
@@ -781,6 +831,7 @@ def resolve_args(args: Args) -> Args:
         args.buffer_device = "cuda" if fits else "cpu"
 
     value, episodes = vars(args), args.num_envs * args.episode_length
+    ring = args.buffer_size // args.num_envs * args.num_envs if args.num_envs > 0 else 0  # what the replay can hold
     to_learn = args.learning_starts + 2 * args.num_envs * args.unroll_length
     same_robot = args.eval_env_id.split("_")[0] == args.env_id.split("_")[0]
     wrong = {  # limit -> the arguments that break it
@@ -795,8 +846,8 @@ def resolve_args(args: Args) -> Args:
         "must be at least 2 steps": ["episode_length"] * (args.episode_length == 1),
         f"must be the same robot as --env-id {args.env_id}": ["eval_env_id"] * (not same_robot),
         f"must hold an episode of every environment, {episodes} steps": ["buffer_size"] * (args.buffer_size < episodes),
-        f"must lie between an episode of every environment, {episodes} steps, and --buffer-size {args.buffer_size}":
-            ["learning_starts"] * (not episodes <= args.learning_starts <= args.buffer_size),
+        f"must lie between an episode of every environment, {episodes} steps, and the {ring} that the replay holds":
+            ["learning_starts"] * (not episodes <= args.learning_starts <= ring),
         f"must leave room to learn after --learning-starts: at least {to_learn} steps":
             ["total_timesteps"] * (args.total_timesteps < to_learn),
         "torch sees no such device here": [n for n in ("device", "buffer_device") if missing.get(value[n])],
@@ -1093,7 +1144,7 @@ def train(args: Args) -> Path:
         step_start = time.time()
         learning = replay.size * args.num_envs >= args.learning_starts  # before collecting: 17 unrolls of prefill
         # Collect: the stochastic policy pursues the commanded goals
-        returns, lengths = [], []
+        returns, lengths, fallen = [], [], []
         with torch.no_grad():
             for _ in range(args.unroll_length):
                 state, goal = torch.from_numpy(envs.state).to(device), torch.from_numpy(envs.goal).to(device)
@@ -1102,6 +1153,7 @@ def train(args: Args) -> Path:
                 done = envs.step(action.cpu().numpy())
                 returns.extend(envs.time_at_goal[done])
                 lengths.extend(envs.steps[done])
+                fallen.extend(envs.fallen[done])
                 envs.reset(done)
         global_step += steps_per_unroll
 
@@ -1135,7 +1187,8 @@ def train(args: Args) -> Path:
              "charts/replay_size": replay.size * args.num_envs, "charts/frames": global_step,
              "charts/replay_ratio": args.gradient_steps / steps_per_unroll if learning else 0})  # fmt: skip
         if returns:  # of the sparse reward: 1 for every step that ends at the goal
-            log({"charts/episodic_return": np.mean(returns), "charts/episodic_length": np.mean(lengths)})
+            log({"charts/episodic_return": np.mean(returns), "charts/episodic_length": np.mean(lengths),
+                 "charts/fallen": np.mean(fallen)})  # fmt: skip
             bar.set_postfix(time_at_goal=f"{np.mean(returns):.1f}")
         bar.update(steps_per_unroll)
         if args.log_residual_norms and learning and is_due(args.eval_every):

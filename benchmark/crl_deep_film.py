@@ -45,7 +45,8 @@ def film(run_dir: Path) -> Path:
     camera.distance, camera.elevation = 3.5 * robot.cell, -60
     rectangle, frames = mujoco.MjrRect(0, 0, WIDTH, HEIGHT), []
     ball = np.array([*record["goal"][best], 0.5])[:3]
-    every = max(1, round(0.04 / (model.opt.timestep * crl.FRAME_SKIP)))  # about 25 frames per second
+    env_step = robot.physics_step * robot.physics_steps  # s
+    every = max(1, round(0.04 / env_step))  # about 25 frames per second
     for state in states[::every]:
         data.qpos[:] = state[: model.nq]
         mujoco.mj_forward(model, data)
@@ -58,7 +59,7 @@ def film(run_dir: Path) -> Path:
         mujoco.mjr_readPixels(frames[-1], None, rectangle, renderer)
     renderer.free()
     context.free()
-    clip = ImageSequenceClip([frame[::-1] for frame in frames], fps=1 / (every * model.opt.timestep * crl.FRAME_SKIP))
+    clip = ImageSequenceClip([frame[::-1] for frame in frames], fps=1 / (every * env_step))
     clip.write_videofile(str(run_dir / "episode.mp4"), logger=None)
     return run_dir / "episode.mp4"
 

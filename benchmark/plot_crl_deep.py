@@ -28,7 +28,7 @@ PAPER_FIG1 = {
     "humanoid_u_maze": {4: 3.2, 64: 159},
     "humanoid_big_maze": {4: 0.06, 64: 59},
 }
-PAPER_FIG4 = {  # width at depth 4, and depth at width 256
+PAPER_FIG4 = {  # width at depth 4, and depth at width 256; humanoid at 200M steps, ant_big_maze at 100M
     "humanoid": {"width": {256: 140, 512: 25, 1024: 85, 2048: 165}, "depth": {8: 580, 32: 775}},
     "ant_big_maze": {"width": {256: 60, 512: 275, 2048: 220}, "depth": {8: 325, 32: 445}},
 }
@@ -240,20 +240,31 @@ def steps_to_score(runs, out, thresholds=(200, 400, 600)) -> None:
     save(figure, rows, out)
 
 
+def spread_goals(saved, count=3) -> list:
+    """Numbers of goals that are far from the start and from each other, among those that the last evaluation drew."""
+    goals, chosen = saved["goals"][:, :2], [saved["paths"][0, 0, :2]]
+    for _ in range(min(count, len(goals))):
+        nearest = np.min([np.linalg.norm(goals - place, axis=1) for place in chosen], axis=0)
+        chosen.append(goals[nearest.argmax()])
+    return [int(np.flatnonzero((goals == goal).all(1))[0]) for goal in chosen[1:]]
+
+
 def quickstart(runs, out) -> None:
-    """Success over steps, and for each far goal the critic's value map with the learned policy's paths."""
+    """Success over steps, and for three far goals the critic's value map with the learned policy's paths."""
     run = runs[-1]
     saved = np.load(run.folder / "value_map.npz")
-    figure, axes = panels(1 + len(saved["goals"]), 3.9, 3.3)
+    numbers = spread_goals(saved)
+    figure, axes = panels(1 + len(numbers), 3.9, 3.3)
     steps, success = run.series("eval/success_any")
     axes[0].plot(steps / 1e3, success, "o-", ms=3, color="tab:green", label="goal reached")
     time_at_goal = run.series("eval/time_at_goal")[1] / run.args["episode_length"]
-    axes[0].plot(steps / 1e3, time_at_goal, "o-", ms=3, color="tab:blue", label="share of the episode at the goal")
-    axes[0].set(ylim=(-0.02, 1.02), xlabel="thousand environment steps", title=f"{run.args['eval_env_id']}, 1 seed")
-    axes[0].legend(frameon=False)
-    for k, axis in enumerate(axes[1:]):
+    axes[0].plot(steps / 1e3, time_at_goal, "o-", ms=3, color="tab:blue", label="share of time at the goal")
+    title = f"{run.args['eval_env_id']}, seed {run.args['seed']}: all {len(saved['goals'])} goals"
+    axes[0].set(ylim=(-0.02, 1.02), xlabel="thousand environment steps", title=title)
+    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
+    for k, axis in zip(numbers, axes[1:]):
         draw_value_map(axis, saved, k)
-        axis.set_title("the critic's values for the goal (star)\nand six episodes of the policy")
+        axis.set_title("the critic's values for one goal (star)\nand episodes of the policy (white)")
     save(figure, [dict(step=int(s), success=a, share_at_goal=b) for s, a, b in zip(steps, success, time_at_goal)], out)
 
 

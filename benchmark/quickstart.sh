@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs everything into .venv, trains crl_deep.py on its default (a point mass in a U-maze) and draws what it learned.
+# Installs everything into .venv, trains crl_deep.py on its default (a point mass in a room) and draws what it learned.
 source "$(dirname "${BASH_SOURCE[0]}")/../install.sh"
 exp="quickstart-$(date +%s)"
 python crl_deep.py --exp-name "$exp" --save-value-map --save-model "$@"

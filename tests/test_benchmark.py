@@ -309,6 +309,22 @@ def test_final_scores_by_depth_and_variant():
     assert rows == {("True", "4"): 10, ("True", "8"): 20, ("False", "4"): 5, ("False", "8"): 1}
 
 
+def test_fig_4_gives_the_humanoid_the_papers_200_million_steps():
+    command = ["bash", "benchmark/crl_deep_fig4_width.sh", "--dry-run"]
+    sweep = subprocess.run(command, env=os.environ | {"SCALE": "paper"}, capture_output=True, text=True, cwd=ROOT)
+    commands = [line for line in sweep.stdout.splitlines() if line.startswith("python crl_deep.py")]
+    assert len(commands) == 2 * 9 * 3, sweep.stderr
+    for command in commands:
+        assert ("--total-timesteps 200000000" in command) == ("--env-id humanoid " in command)
+
+
+def test_the_quickstart_shows_goals_far_from_the_start_and_from_each_other():
+    goals = np.array([[x, y] for x in (2, 4, 6) for y in (2, 4, 6) if (x, y) != (4, 4)])
+    saved = dict(goals=goals, paths=np.full((5, 8, 2), 4.1))
+    corners = [tuple(goals[k]) for k in plot_crl_deep.spread_goals(saved)]
+    assert len(set(corners)) == 3 and set(corners) <= {(2, 2), (2, 6), (6, 2), (6, 6)}
+
+
 def test_a_sweep_from_command_to_picture(tmp_path):
     """Runs two trainings, draws, skips what is finished, resumes what was cut off, and fails when a run fails."""
     shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("results"))

@@ -120,7 +120,7 @@ def test_every_environment_builds_and_steps(env_id):
     if env_id == "humanoid":
         assert (envs.goal[:, 2] == 1.25).all()
         assert (np.linalg.norm(envs.goal[:, :2], axis=1) <= 5).all()
-        assert envs.model.opt.timestep * crl.FRAME_SKIP == pytest.approx(0.015)
+        assert envs.model.opt.timestep * robot.physics_steps == pytest.approx(0.015)
 
 
 @pytest.mark.parametrize("env_id", ["point_u_maze", "ant_u4_maze", "humanoid_u_maze"])
@@ -138,7 +138,7 @@ def test_steps_equal_a_plain_mujoco_loop(env_id):
             data.qpos[:], data.qvel[:] = before[row, 1 : 1 + nq], before[row, 1 + nq :]
             data.ctrl[:] = action[row] * model.actuator_ctrlrange[:, 1]
             data.qacc_warmstart[:] = 0  # a rollout starts the solver afresh
-            for _ in range(crl.FRAME_SKIP):
+            for _ in range(envs.robot.physics_steps):
                 mujoco.mj_step(model, data)
             np.testing.assert_array_equal(envs.physics[row, 1:], np.concatenate([data.qpos, data.qvel]))
             np.testing.assert_array_equal(envs.state[row, : nq + model.nv], envs.physics[row, 1:].astype(np.float32))
@@ -200,7 +200,54 @@ def test_falling_over_ends_the_episode():
     envs.physics[1, 3] = 1.2  # the torso's height
     envs.physics[2, 16:] = 1e11  # velocities that make MuJoCo start the world anew, in an episode's first step
     done = envs.step(np.zeros((3, 8), np.float32))
-    assert done.tolist() == [False, True, True] and np.isfinite(envs.state).all()
+    assert done.tolist() == envs.fallen.tolist() == [False, True, True] and np.isfinite(envs.state).all()
+
+
+def test_the_time_limit_is_no_fall():
+    envs = MujocoEnvs("ant", 2, 1, (1, 0), 1)
+    envs.reset(np.ones(2, bool))
+    envs.physics[1, 3] = 1.2
+    done = envs.step(np.zeros((2, 8), np.float32))
+    assert done.tolist() == [True, True] and envs.fallen.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("env_id", ["ant", "humanoid"])
+def test_quaternions_have_norm_one_from_the_first_observation_on(env_id):
+    envs = MujocoEnvs(env_id, 16, 10, (1, 0), 1)
+    envs.reset(np.ones(16, bool))
+    np.testing.assert_allclose(np.linalg.norm(envs.state[:, 3:7], axis=1), 1, atol=1e-6)
+    if env_id == "ant":
+        assert np.ptp(envs.state[:, 3]) > 0.001  # the reset noise turns the torso
+
+
+def random_rollout(env_id, num_envs, steps):
+    """Uniform random actions on the open floor -> env steps per fall, and every step's torso height and speed."""
+    envs, rng = MujocoEnvs(env_id, num_envs, 10**9, (2, 0), 2), np.random.default_rng(2)
+    envs.reset(np.ones(num_envs, bool))
+    falls, height, speed = 0, [], []
+    for _ in range(steps):
+        action = rng.uniform(-1, 1, (num_envs, envs.robot.action_dim)).astype(np.float32)
+        fallen = envs.step(action)
+        falls += fallen.sum()
+        height.append(envs.state[:, 2].copy())
+        speed.append(np.linalg.norm(envs.state[:, envs.model.nq :][:, :2], axis=1))
+        envs.reset(fallen)
+    return num_envs * steps / max(falls, 1), np.concatenate(height), np.concatenate(speed)
+
+
+def test_the_ant_falls_stands_and_moves_about_as_braxs():
+    """Against 128,000 steps of Brax's spring ant; gymnasium's gear and step give a fall per 50 to 70 steps."""
+    steps_per_fall, height, speed = random_rollout("ant", 128, 300)
+    assert 1803 / 3 < steps_per_fall < 1803 * 3
+    assert np.median(height) == pytest.approx(0.586, abs=0.02)
+    assert np.quantile(height, 0.99) == pytest.approx(0.860, abs=0.05)
+    assert 0.839 / 1.5 < np.median(speed) < 0.839 * 1.5
+
+
+def test_the_humanoid_falls_sooner_than_braxs():
+    """Documented, not mended: Brax's falls once in 102 steps."""
+    steps_per_fall, height, _ = random_rollout("humanoid", 32, 100)
+    assert 20 < steps_per_fall < 35 and np.median(height) == pytest.approx(1.24, abs=0.04)
 
 
 def test_point_mass_dynamics_and_walls():
@@ -381,10 +428,11 @@ def test_initialisation():
             assert module.eps == 1e-6
 
 
-def test_residual_mlp_is_the_papers_formula():
+def test_residual_mlp_is_the_papers_formula(monkeypatch):
     torch.manual_seed(0)
     network = crl.ResidualMLP(3, 2, 16, 8).double()
     x = torch.randn(5, 3, dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # all of it in float64
 
     def hidden(dense, norm, h):
         h = h @ dense.weight.T + dense.bias
@@ -449,9 +497,34 @@ def test_actor_range_and_log_probability():
     torch.manual_seed(3)
     u = mean + log_std.exp() * torch.randn_like(mean)
     normal = torch.distributions.Normal(mean, log_std.exp())
-    expected = (normal.log_prob(u) - torch.log(1 - torch.tanh(u) ** 2 + 1e-6)).sum(-1)
+    expected = (normal.log_prob(u) - torch.log(1 - torch.tanh(u) ** 2)).sum(-1)
     torch.testing.assert_close(action, torch.tanh(u))
     torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_log_probability_is_exact_where_tanh_saturates(monkeypatch):
+    """Value and gradient against float64; a formula through 1 - tanh(u)^2 loses both from |u| = 5 on."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    u = torch.linspace(-20, 20, 401)[:, None].requires_grad_()
+    log_prob = crl.sample_action(u, torch.zeros_like(u))[1]
+    log_prob.sum().backward()
+    exact = u.detach().double()
+    expected = -0.5 * math.log(2 * math.pi) + 2 * exact.cosh().log()  # 1 - tanh^2 = 1 / cosh^2
+    torch.testing.assert_close(log_prob.double(), expected[:, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(u.grad.double(), 2 * exact.tanh(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["layer", "none", "hypersphere"])
+def test_the_residual_stream_stays_in_float32_under_bfloat16(norm):
+    torch.manual_seed(0)
+    actor, encoder = crl.GaussianActor(3, 2, 2, 16, 64, norm=norm), crl.ResidualMLP(5, 3, 16, 64, norm=norm)
+    inputs = []
+    for module in [*encoder.blocks, encoder.head, *actor.trunk.blocks, actor.trunk.head, actor.log_std_head]:
+        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        actor(torch.randn(4, 3), torch.randn(4, 2))
+        assert encoder(torch.randn(4, 5)).dtype == torch.bfloat16  # the layers are in bfloat16
+    assert inputs == [torch.float32] * (16 + 2 + 16 + 1)
 
 
 # --- losses and the update --------------------------------------------------------------------------------------------
@@ -498,6 +571,60 @@ def test_contrastive_loss_survives_equal_embeddings_and_is_exact_near_zero():
     _, metrics = contrastive_loss(phi.detach(), near, 0.1)
     exact = -(phi.detach().double() - near.double()).norm(dim=1).mean()
     assert metrics["contrastive/logits_pos"].item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+def plain_loss(phi, psi, coef, direction):
+    """The loss from all differences, in float64."""
+    energy = -torch.cdist(phi.double(), psi.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    row, column, positive = energy.logsumexp(1), energy.logsumexp(0), energy.diagonal()
+    nce = {"forward": row - positive, "backward": column - positive, "symmetric": row + column - 2 * positive}
+    return nce[direction].mean() + coef * (row + 1e-6).square().mean()
+
+
+def loss_errors(phi, psi, direction):
+    """Relative errors of the loss and of its two gradients, against float64."""
+    results = []
+    for function in (contrastive_loss, plain_loss):
+        leaves = [x.detach().clone().requires_grad_() for x in (phi, psi)]
+        loss = function(*leaves, 0.1, direction)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "symmetric"])
+@pytest.mark.parametrize("case", ["random", "far from the origin", "near positives", "equal positives"])
+def test_float32_loss_and_gradients_are_float64s(case, direction):
+    torch.manual_seed(0)
+    phi, psi = 0.3 * torch.randn(2, 256, 64)
+    if case == "far from the origin":
+        phi, psi = phi + 30, psi + 30
+    if case == "near positives":
+        phi = psi + 1e-4 * phi
+    if case == "equal positives":
+        phi[::2] = psi[::2]
+    assert max(loss_errors(phi, psi, direction)) < 1e-6
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "symmetric"])
+def test_what_float32_loses_between_negatives_that_nearly_coincide(direction):
+    """Every goal twice, 0.001 of its length apart: a pair's distance to its twin's goal is a difference of products."""
+    torch.manual_seed(0)
+    phi, psi = 0.3 * torch.randn(2, 256, 64)
+    psi[1::2] = psi[::2] + 1e-3 * psi[1::2]
+    phi = psi + 0.1 * phi
+    loss, *gradients = loss_errors(phi, psi, direction)
+    assert loss < 1e-6 and max(gradients) < 1e-4
+
+
+def test_each_gradient_of_the_loss_alone():
+    torch.manual_seed(0)
+    phi, psi = torch.randn(2, 16, 8)
+    both = torch.autograd.grad(contrastive_loss(phi.requires_grad_(), psi.requires_grad_(), 0.1)[0], [phi, psi])
+    for i, leaf in enumerate((phi, psi)):
+        inputs = [x if x is leaf else x.detach() for x in (phi, psi)]
+        (alone,) = torch.autograd.grad(contrastive_loss(*inputs, 0.1)[0], leaf)
+        assert torch.equal(alone, both[i])
 
 
 def test_update_takes_exactly_the_three_gradients():

@@ -28,7 +28,7 @@ def run(*flags):
 def test_a_run_through_the_command_line(tmp_path):
     """As a user: the script alone, copied into an empty folder."""
     shutil.copy(SCRIPT, tmp_path / "copied.py")
-    flags = [*POINT, "--exp-name", "first", "--save-model", "--save-value-map", "--save-embeddings"]
+    flags = [*POINT, *"--env-id point_u_maze --exp-name first --save-model --save-value-map --save-embeddings".split()]
     done = subprocess.run([sys.executable, "copied.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "of the goals" in done.stdout
@@ -47,7 +47,7 @@ def test_a_run_through_the_command_line(tmp_path):
     assert list(logged["charts/gradient_steps"].values()) == [0, 0, *range(3, 40, 3)]
     assert list(logged["losses/critic"]) == list(range(120, 601, 40))
     assert list(logged["charts/episodic_return"]) == list(range(80, 601, 80))  # an episode lasts 2 unrolls
-    assert set(logged["charts/episodic_length"].values()) == {20}
+    assert set(logged["charts/episodic_length"].values()) == {20} and set(logged["charts/fallen"].values()) == {0}
     for tag in ("eval/success_any", "eval/final_distance", "losses/actor", "losses/alpha", "contrastive/logits_pos"):
         assert all(np.isfinite(list(logged[tag].values()))), tag
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -65,6 +65,15 @@ def test_every_family_trains(env_id):
     logged = scalars(run_dir)
     assert all(np.isfinite(list(values.values())).all() for values in logged.values())
     assert {"residual/actor/block_000", "residual/goal_encoder/block_001"} <= set(logged)
+
+
+def test_the_share_of_falls_is_logged(monkeypatch):
+    robot = crl.ROBOTS["ant"]
+    monkeypatch.setitem(crl.ROBOTS, "ant", robot._replace(healthy_height=(0.2, 0.7)))
+    logged = scalars(run("--env-id", "ant", *POINT))
+    lengths, fallen = (list(logged[f"charts/{tag}"].values()) for tag in ("episodic_length", "fallen"))
+    assert 0 in fallen and any(0 < share < 1 for share in fallen)  # some episodes reach their 20 steps
+    assert all((length < 20) == (share > 0) for length, share in zip(lengths, fallen, strict=True))
 
 
 def test_last_five_evaluations(monkeypatch):
@@ -144,7 +153,7 @@ def test_resume_of_a_finished_run_only_finishes_it(capsys):
     [
         ("--env-id ant_u9_maze", "--env-id ant_u9_maze: unknown environment; known: point, point_room"),
         ("--eval-env-id nothing", "--eval-env-id nothing: unknown environment"),
-        ("--eval-env-id ant_u_maze", "--eval-env-id ant_u_maze: must be the same robot as --env-id point_u_maze"),
+        ("--eval-env-id ant_u_maze", "--eval-env-id ant_u_maze: must be the same robot as --env-id point_room"),
         ("--depth 6", "--depth 6: must be a multiple of 4"),
         ("--critic-depth 10", "--critic-depth 10: must be a multiple of 4"),
         ("--depth 0", "--depth 0: must be greater than 0"),
@@ -158,9 +167,10 @@ def test_resume_of_a_finished_run_only_finishes_it(capsys):
         ("--seed -1", "--seed -1: must lie between 0 and 2**32 - 1"),
         ("--seed 4294967296", "--seed 4294967296: must lie between"),
         ("--num-threads -2", "--num-threads -2: must not be negative"),
-        ("--buffer-size 5000", "--buffer-size 5000: must hold an episode of every environment, 19200 steps"),
-        ("--learning-starts 100", "--learning-starts 100: must lie between an episode of every environment, 19200"),
+        ("--buffer-size 5000", "--buffer-size 5000: must hold an episode of every environment, 9600 steps"),
+        ("--learning-starts 100", "--learning-starts 100: must lie between an episode of every environment, 9600"),
         ("--learning-starts 600000", "--learning-starts 600000: must lie between"),
+        ("--env-id point_u_maze --buffer-size 19250 --learning-starts 19250", "and the 19200 that the replay holds"),
         ("--total-timesteps 10000", "--total-timesteps 10000: must leave room to learn"),
         ("--buffer-size 10000000000000 --total-timesteps 10000000000000", "cpu has"),
         ("--depth 40000 --width 20000", "--depth 40000: the run needs about"),
