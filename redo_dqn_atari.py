@@ -223,7 +223,8 @@ class FrameReplay:
 
     def __init__(self, capacity, device, n_step=1, gamma=0.99, frame_shape=(84, 84), stack=4):
         self.capacity, self.n_step, self.gamma, self.stack = capacity, n_step, gamma, stack
-        self.frames = torch.empty((capacity, *frame_shape), dtype=torch.uint8, device=device)
+        self.frames = torch.empty((capacity + 1, *frame_shape), dtype=torch.uint8, device=device)
+        self.frames[capacity] = 0  # what stands before an episode's first frame
         self.record = torch.empty((capacity, 4), device=device)
         self.start = torch.empty(capacity, dtype=torch.int64, device=device)
         self.num_frames = self.num_transitions = self.age = 0
@@ -265,7 +266,9 @@ class FrameReplay:
         """Frame numbers (batch,) -> observations (batch, stack, height, width) uint8, zeros before an episode."""
         back = torch.arange(self.stack - 1, -1, -1, device=index.device)
         inside = back <= self.record[index % self.capacity, 3, None]
-        return self.frames[(index[:, None] - back) % self.capacity] * inside[:, :, None, None]
+        slot = torch.where(inside, (index[:, None] - back) % self.capacity, self.capacity)
+        # Copies whole frames; indexing by a tensor and masking afterwards take many times as long on a CPU
+        return self.frames.index_select(0, slot.flatten()).view(*slot.shape, *self.frames.shape[1:])
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple:
         """Uniform, drawn from a generator on the CPU -> obs (batch, stack, height, width), action (batch,), reward
