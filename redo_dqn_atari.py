@@ -751,14 +751,22 @@ def resolve_args(args: Args) -> Args:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     replay_bytes = min(args.buffer_size, 2 * args.total_timesteps) * (84 * 84 + 24)
+    layers, network_bytes = [], 0
+    if 0 < args.width < 64:
+        with torch.device("meta"):  # shapes only, nothing is allocated
+            network = {"nature": NatureCNN, "resnet": ResNet}[args.network](18, args)
+        layers = list(network.layers)
+        # Weights, the target's, gradients, and Adam's moments (per-element: their weights and temporary copies, too)
+        copies = 9 if args.method == "redo" and args.redo_adam == "per-element" else 5
+        network_bytes = 4 * copies * sum(p.numel() for p in network.parameters())
     largest_batch = max(args.batch_size, args.redo_batch_size, args.rank_batch_size)
-    work_bytes = max(1, args.width) * (3e8 + 8e5 * largest_batch)  # libraries, networks, Adam; activations
+    state_bytes = {"nature": 8e5, "resnet": 3e6}[args.network] * max(1, args.width)  # activations
+    work_bytes = 3e8 + network_bytes + state_bytes * largest_batch  # 3e8: libraries
     if args.buffer_device == "auto":
         fits = args.device == "cuda" and not missing["cuda"] and replay_bytes + work_bytes < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
     value = vars(args)
-    layers = list({"nature": NatureCNN, "resnet": ResNet}[args.network](1, args).layers) if 0 < args.width < 64 else []
     wrong = {  # limit -> the arguments that break it
         "must be greater than 0": [n for n in (
             "total_timesteps", "batch_size", "n_step", "learning_rate", "adam_eps", "target_network_frequency", "width",
@@ -799,7 +807,8 @@ def resolve_args(args: Args) -> Args:
     needed[args.buffer_device] = needed.get(args.buffer_device, 0) + replay_bytes
     for device, total in needed.items():
         if total > memory(device):
-            name = "buffer_size" if device == args.buffer_device and replay_bytes > work_bytes else "rank_batch_size"
+            name = "width" if 2 * network_bytes > work_bytes else "rank_batch_size"
+            name = "buffer_size" if device == args.buffer_device and replay_bytes > work_bytes else name
             limit = f"the run needs about {total / 1e9:.1f} GB, {device} has {memory(device) / 1e9:.1f} GB"
             refuse(name, value[name], limit)
     try:
