@@ -35,7 +35,8 @@ Kept as they are: both Adam moments of recycled weights are zeroed while the ste
 are too large, up to 6.6 times (--redo-adam per-element is the clean way); biases of recycled neurons become 0, with
 their moments kept; the target network is not recycled.
 With --protocol cleanrl (CleanRL's dqn_atari.py), FIRE is pressed for one frame when an episode begins (there 2 x 4
-frames), and for one stored step after a lost life; frame stacks begin with zeros and are not cut at a lost life.
+frames), and for one stored step after a lost life; in games without FIRE that step is a no-op (there neither is
+stored); frame stacks begin with zeros and are not cut at a lost life.
 Not in this file: offline data, random targets, Monte-Carlo targets, pruning, distillation, CIFAR-10, DrQ(eps), SAC;
 films (benchmark/redo_dqn_atari_film.py makes one of any run).
 """
@@ -89,8 +90,8 @@ class Args:
     protocol: Literal["dopamine", "cleanrl"] = "dopamine"  # whose values fill the flags that are None
     sticky_actions: float | None = None  # probability, each frame, that the emulator repeats the previous action
     terminal_on_life_loss: bool | None = None  # a lost life ends the episode for the learner (the game goes on)
-    noop_max: int | None = None  # up to this many no-op frames at the start of an episode
-    fire_reset: bool | None = None  # press FIRE when an episode begins and after a lost life, in games that have it
+    noop_max: int | None = None  # an episode starts with 1 to this many no-op frames; 0: with none
+    fire_reset: bool | None = None  # press FIRE when an episode begins and after a lost life (games without it: no-op)
     clip_reward: bool = True  # the learner sees rewards clipped to [-1, 1]; returns are logged unclipped
     max_episode_steps: int = 27_000  # time limit in steps; counts as truncation
 
@@ -112,7 +113,7 @@ class Args:
     start_e: float = 1.0  # probability of a random action, at first
     end_e: float = 0.01  # and after the decay
     exploration_starts: int | None = None  # steps before the decay begins; None: the protocol's
-    exploration_steps: int | None = None  # length in steps of the linear decay
+    exploration_steps: int | None = None  # length in steps of the linear decay; cleanrl: a tenth of the run
 
     # network
     network: Literal["nature", "resnet"] = "nature"  # 3 convolutions and 512 units, or the IMPALA-like ResNet
@@ -150,7 +151,7 @@ class Args:
 
 
 # The paper's values (Tables 1 and 2; dopamine's dqn.gin), where exploration decays once learning has begun, and those
-# of CleanRL's dqn_atari.py, where it lasts a tenth of the run: 1M steps by default.
+# of CleanRL's dqn_atari.py, where it begins at once and lasts a tenth of the run (see `resolve_args`).
 PROTOCOLS = {
     "dopamine": dict(
         sticky_actions=0.25, terminal_on_life_loss=False, noop_max=0, fire_reset=False, learning_starts=20_000,
@@ -159,7 +160,7 @@ PROTOCOLS = {
     "cleanrl": dict(
         sticky_actions=0.0, terminal_on_life_loss=True, noop_max=30, fire_reset=True, learning_starts=80_000,
         learning_rate=1e-4, adam_eps=1e-8, loss="mse", target_network_frequency=1000, exploration_starts=0,
-        exploration_steps=1_000_000, padding="valid", init="torch"),
+        padding="valid", init="torch"),
 }  # fmt: skip
 SCRIPT, ACTION_REPEAT = "redo_dqn_atari", 4
 UPDATE_PERIOD = 4  # steps between bursts of gradient steps
@@ -178,7 +179,8 @@ def make_games(args, num_envs: int, **options):
     before an episode's first. send(action) starts a step, recv() waits for it; an episode that ended must be reset.
     """
     return gymnasium.make_vec(
-        args.env_id, num_envs, repeat_action_probability=args.sticky_actions, noop_max=args.noop_max,
+        args.env_id, num_envs, repeat_action_probability=args.sticky_actions,
+        noop_max=args.noop_max + 2 if args.noop_max else 0,  # a wider draw, see `start_games`
         use_fire_reset=args.fire_reset, max_num_frames_per_episode=ACTION_REPEAT * args.max_episode_steps,
         reward_clipping=False, episodic_life=False, num_threads=min(num_envs, os.cpu_count()), **options)  # fmt: skip
 
@@ -189,15 +191,32 @@ def episode_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def start_episode(games, seed: int, episode: int) -> tuple:
-    """Resets the only game, from a number that (seed, episode) determine -> observation (1, 4, 84, 84), info."""
-    return games.reset(seed=episode_seed(seed, 0, episode) // 2)
+def start_games(games, args, rng, which=None) -> tuple:
+    """Begins new episodes in the games `which` (num_envs,) bool, or in all, seeded from rng -> observations, info.
+
+    CleanRL plays 1 to noop_max no-op frames, all equally likely. ale_py draws from 0, and FIRE takes one frame's place,
+    so it draws from a wider range here, and a game whose number is not one of these begins anew.
+    """
+    which = np.ones(games.num_envs, bool) if which is None else which
+    fired = args.fire_reset and ale_py.Action.FIRE in games.ale.get_action_set()  # for one frame
+    while which.any():
+        seeds = rng.integers(2**31, size=which.sum())
+        obs, info = games.reset(seed=seeds, options={"reset_mask": which})
+        noops = info["episode_frame_number"] - int(fired)
+        which = which & (args.noop_max > 0) & ((noops < 1) | (noops > args.noop_max))
+    return obs, info
 
 
-def fire_button(games, args) -> int | None:
-    """The action that presses FIRE, where the protocol wants it and the game has it."""
+def start_episode(games, args, episode: int) -> tuple:
+    """Starts the only game, as (args.seed, episode) determine -> observation (1, 4, 84, 84), info."""
+    return start_games(games, args, np.random.default_rng(episode_seed(args.seed, 0, episode)))
+
+
+def action_after_life(games, args) -> int | None:
+    """What the protocol plays after a lost life: FIRE where the game has it, else a no-op; None: the agent chooses."""
     actions = list(games.ale.get_action_set())
-    return actions.index(ale_py.Action.FIRE) if args.fire_reset and ale_py.Action.FIRE in actions else None
+    button = ale_py.Action.FIRE if ale_py.Action.FIRE in actions else ale_py.Action.NOOP
+    return actions.index(button) if args.fire_reset else None
 
 
 def choose_action(q_network, obs, epsilon, rng, num_actions: int, device) -> np.ndarray:
@@ -655,14 +674,14 @@ def play_episodes(q_network, games, args, draw: int, device, stop=()) -> dict:
     Each of the games played side by side begins new episodes until it has had its share of the steps. `draw` numbers
     the evaluation: it seeds emulators and random actions. A signal in the list `stop` ends it: no metrics.
     """
-    rng, n, fire = np.random.default_rng((args.seed, 1, draw)), games.num_envs, fire_button(games, args)
-    obs, info = games.reset(seed=rng.integers(2**31, size=n))
+    rng, n, forced = np.random.default_rng((args.seed, 1, draw)), games.num_envs, action_after_life(games, args)
+    obs, info = start_games(games, args, rng)
     episode_return, episode_length, steps = np.zeros(n), np.zeros(n, int), np.zeros(n, int)
     running, finished, lost_life = np.ones(n, bool), [], np.zeros(n, bool)
     while running.any():
         action = choose_action(q_network, obs, args.eval_epsilon, rng, games.single_action_space.n, device)
-        if fire is not None:
-            action[lost_life] = fire
+        if forced is not None:
+            action[lost_life] = forced
         lives = info["lives"]
         obs, reward, terminated, truncated, info = games.step(action)
         episode_return, episode_length, steps = episode_return + reward, episode_length + 1, steps + 1
@@ -671,8 +690,7 @@ def play_episodes(q_network, games, args, draw: int, device, stop=()) -> dict:
             finished += [(episode_return[i], episode_length[i]) for i in np.flatnonzero(done & running)]
             running &= ~done | (steps < args.eval_steps / n)
             episode_return[done], episode_length[done], lost_life[done] = 0, 0, False
-            seeds = rng.integers(2**31, size=done.sum())
-            obs, info = games.reset(seed=seeds, options={"reset_mask": done})
+            obs, info = start_games(games, args, rng, done)
         if stop:
             return {}
     returns, lengths = np.array(finished, float).T
@@ -745,6 +763,8 @@ def resolve_args(args: Args) -> Args:
     defaults = PROTOCOLS[args.protocol] | dict(redo_tau=0.025 if args.replay_ratio == 0.25 else 0.1)
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if args.exploration_steps is None:
+        args.exploration_steps = max(1, round(0.1 * args.total_timesteps))
     if args.exploration_starts is None:
         args.exploration_starts = args.learning_starts
     if args.device == "auto":
@@ -928,7 +948,7 @@ def train(args: Args) -> Path:
         fast_cpu()
 
     games, eval_games = make_games(args, 1), make_games(args, args.eval_envs)
-    num_actions, fire = int(games.single_action_space.n), fire_button(games, args)
+    num_actions, forced = int(games.single_action_space.n), action_after_life(games, args)
     layout = torch.channels_last if args.amp or device.type == "cpu" else torch.contiguous_format
     agent = DQNAgent(num_actions, args).to(device, memory_format=layout)
     if args.compile:  # once per batch size and kind of gradient
@@ -964,7 +984,7 @@ def train(args: Args) -> Path:
     history = {kind: {k: v.to(device) for k, v in masks.items()} for kind, masks in start["history"].items()}
 
     # The emulator's state is not in the checkpoint: the same seed and the same actions lead to it again
-    obs, info = start_episode(games, args.seed, episode)
+    obs, info = start_episode(games, args, episode)
     episode_return, episode_actions, lost_life = 0.0, start["episode_actions"], False
     for action in episode_actions:
         lives = info["lives"][0]
@@ -1041,8 +1061,8 @@ def train(args: Args) -> Path:
         # Act: the emulator plays this step in its own thread ...
         epsilon = epsilon_at(global_step, args)
         action = int(choose_action(q_network, obs, epsilon, action_rng, num_actions, device)[0])
-        if lost_life and fire is not None:
-            action = fire
+        if lost_life and forced is not None:
+            action = forced
         games.send(np.array([action]))
 
         # Learn: ... while the network learns from the steps before it
@@ -1082,7 +1102,7 @@ def train(args: Args) -> Path:
             events |= {"charts/episodic_return": episode_return, "charts/episodic_length": len(episode_actions)}
             bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
             episode, episode_actions, episode_return, lost_life = episode + 1, [], 0.0, False
-            obs, info = start_episode(games, args.seed, episode)
+            obs, info = start_episode(games, args, episode)
             replay.add_first(obs[0, -1])
 
         # Log, look, save
