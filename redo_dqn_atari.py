@@ -23,14 +23,20 @@ Where this differs from the official code (google/dopamine, labs/redo), and why:
     (--redo-compat-flatten does the same here).
  2. In the ResNet, the second block's first convolution is followed by its own second one, not by the next stack's.
  3. A layer is re-drawn from the distribution that it was initialised from, also the ResNet's inner convolutions.
- 4. Recycling, resets and logs count real gradient steps; officially the counter also runs during the warm-up. So
-    evaluations (250,000 steps) do not coincide with resets, as they do in the published curves of the reset baseline.
+ 4. Recycling, resets and logs count real gradient steps; officially the counter also runs during the warm-up. So no
+    evaluation (every 250,000 steps) falls on a reset, as every second one does officially; but at replay ratio 1 they
+    come 30,000 and 80,000 gradient steps after one by turns, so the reset baseline's curve still zigzags.
  5. The published configuration recycles nothing; defaults here are the paper's: every 1000 gradient steps, a batch of
     64, tau 0.1 (0.025 at replay ratio 0.25).
  6. The emulator plays a step while the network learns: the action is chosen before the burst of updates, not after,
     and the burst sees data up to the previous step.
  7. Frames are stored once; the ring holds 1M frames, of which each episode's last one starts no transition.
  8. Evaluation plays several games side by side, each on its share of the 125,000 steps.
+ 9. Recycling and resets go on to the end; officially none comes from gradient step 2,500,000 on
+    (--redo-end-gradient-steps 2500000 does the same here). Only runs with more gradient steps differ.
+10. Where an episode is truncated, its last n - 1 transitions are kept and bootstrap after fewer than n steps;
+    officially they are dropped.
+11. Episodes end after 108,000 frames, as in the paper; in today's Dopamine after 100,000.
 Kept as they are: both Adam moments of recycled weights are zeroed while the step count goes on, so their first updates
 are too large, up to 6.6 times (--redo-adam per-element is the clean way); biases of recycled neurons become 0, with
 their moments kept; the target network is not recycled.
@@ -130,6 +136,7 @@ class Args:
     redo_batch_size: int = 64  # states that the scores are taken over for recycling
     redo_adam: Literal["none", "moments", "moments+tensor-step", "per-element"] = "moments"  # what Adam forgets then
     redo_compat_flatten: bool = False  # zero the same wrong weights after the last convolution as the official code
+    redo_end_gradient_steps: int | None = None  # from this gradient step on nothing is recycled or reset; None: never
     reset_period_gradient_steps: int = 100_000  # gradient steps between resets (--method reset)
     reset_layers: tuple[str, ...] = ("dense", "head")  # the layers that are reset, with both Adam moments
 
@@ -795,7 +802,8 @@ def resolve_args(args: Args) -> Args:
             "log_every", "checkpoint_every") if not value[n] > 0],
         "must lie between 0 and 2**32 - 1": ["seed"] * (not 0 <= args.seed < 2**32),
         f"must be at most --learning-starts {args.learning_starts}": [n for n in (
-            "batch_size", "redo_batch_size") if value[n] > args.learning_starts],
+            "batch_size", "redo_batch_size" if args.method == "redo" else "batch_size")
+            if value[n] > args.learning_starts],
         "must be at most 27000, 30 minutes": [n for n in ("max_episode_steps", "noop_max") if value[n] > 27_000],
         "must not be negative": [n for n in (
             "noop_max", "weight_decay", "redo_tau", "exploration_starts") if not value[n] >= 0],
@@ -823,6 +831,18 @@ def resolve_args(args: Args) -> Args:
             refuse(name, value[name], limit)
     if args.buffer_size < 2 * (args.n_step + 4):
         refuse("buffer_size", args.buffer_size, f"is too small for --n-step {args.n_step}")
+    if args.redo_end_gradient_steps is not None and args.redo_end_gradient_steps <= 0:
+        refuse("redo_end_gradient_steps", args.redo_end_gradient_steps, "must be greater than 0")
+    # What a method does not read; the two periods may be given to all, as sweeps of several methods do
+    idle = {"redo": ["redo_tau", "redo_batch_size", "redo_adam", "redo_compat_flatten"], "reset": ["reset_layers"]}
+    for method, names in idle.items():
+        for name in names:
+            if args.method != method and value[name] != defaults.get(name, getattr(Args, name)):
+                refuse(name, value[name], f"does nothing without --method {method}")
+    if args.method == "dqn" and args.redo_end_gradient_steps is not None:
+        refuse("redo_end_gradient_steps", args.redo_end_gradient_steps, "--method dqn recycles and resets nothing")
+    if args.redo_compat_flatten and args.network == "resnet":
+        refuse("redo_compat_flatten", True, "of the ResNet no layer that is recycled is flattened")
     needed = {args.device: work_bytes}
     needed[args.buffer_device] = needed.get(args.buffer_device, 0) + replay_bytes
     for device, total in needed.items():
@@ -1076,6 +1096,8 @@ def train(args: Args) -> Path:
                 else:
                     metrics = td_update(agent, [optimizer], batch, args)
                 gradient_steps += 1
+                if args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps:
+                    continue  # plain DQN from here on
                 if args.method == "reset":
                     if gradient_steps % args.reset_period_gradient_steps == 0:
                         reset_layers(q_network, optimizer, args.reset_layers, rng["redo"])
