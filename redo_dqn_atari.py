@@ -23,19 +23,26 @@ Where this differs from the official code (google/dopamine, labs/redo), and why:
     (--redo-compat-flatten does the same here).
  2. In the ResNet, the second block's first convolution is followed by its own second one, not by the next stack's.
  3. A layer is re-drawn from the distribution that it was initialised from, also the ResNet's inner convolutions.
- 4. Recycling, resets and logs count real gradient steps; officially the counter also runs during the warm-up. So
-    evaluations (250,000 steps) do not coincide with resets, as they do in the published curves of the reset baseline.
+ 4. Recycling, resets and logs count real gradient steps; officially the counter also runs during the warm-up. So no
+    evaluation (every 250,000 steps) falls on a reset, as every second one does officially; but at replay ratio 1 they
+    come 30,000 and 80,000 gradient steps after one by turns, so the reset baseline's curve still zigzags.
  5. The published configuration recycles nothing; defaults here are the paper's: every 1000 gradient steps, a batch of
     64, tau 0.1 (0.025 at replay ratio 0.25).
  6. The emulator plays a step while the network learns: the action is chosen before the burst of updates, not after,
     and the burst sees data up to the previous step.
  7. Frames are stored once; the ring holds 1M frames, of which each episode's last one starts no transition.
  8. Evaluation plays several games side by side, each on its share of the 125,000 steps.
+ 9. Recycling and resets go on to the end; officially none comes from gradient step 2,500,000 on
+    (--redo-end-gradient-steps 2500000 does the same here). Only runs with more gradient steps differ.
+10. Where an episode is truncated, its last n - 1 transitions are kept and bootstrap after fewer than n steps;
+    officially they are dropped.
+11. Episodes end after 108,000 frames, as in the paper; in today's Dopamine after 100,000.
 Kept as they are: both Adam moments of recycled weights are zeroed while the step count goes on, so their first updates
 are too large, up to 6.6 times (--redo-adam per-element is the clean way); biases of recycled neurons become 0, with
 their moments kept; the target network is not recycled.
 With --protocol cleanrl (CleanRL's dqn_atari.py), FIRE is pressed for one frame when an episode begins (there 2 x 4
-frames), and for one stored step after a lost life; frame stacks begin with zeros and are not cut at a lost life.
+frames), and for one stored step after a lost life; in games without FIRE that step is a no-op (there neither is
+stored); frame stacks begin with zeros and are not cut at a lost life.
 Not in this file: offline data, random targets, Monte-Carlo targets, pruning, distillation, CIFAR-10, DrQ(eps), SAC;
 films (benchmark/redo_dqn_atari_film.py makes one of any run).
 """
@@ -93,8 +100,8 @@ class Args:
     protocol: Literal["dopamine", "cleanrl"] = "dopamine"  # whose values fill the flags that are None
     sticky_actions: float | None = None  # probability, each frame, that the emulator repeats the previous action
     terminal_on_life_loss: bool | None = None  # a lost life ends the episode for the learner (the game goes on)
-    noop_max: int | None = None  # up to this many no-op frames at the start of an episode
-    fire_reset: bool | None = None  # press FIRE when an episode begins and after a lost life, in games that have it
+    noop_max: int | None = None  # an episode starts with 1 to this many no-op frames; 0: with none
+    fire_reset: bool | None = None  # press FIRE when an episode begins and after a lost life (games without it: no-op)
     clip_reward: bool = True  # the learner sees rewards clipped to [-1, 1]; returns are logged unclipped
     max_episode_steps: int = 27_000  # time limit in steps; counts as truncation
 
@@ -116,7 +123,7 @@ class Args:
     start_e: float = 1.0  # probability of a random action, at first
     end_e: float = 0.01  # and after the decay
     exploration_starts: int | None = None  # steps before the decay begins; None: the protocol's
-    exploration_steps: int | None = None  # length in steps of the linear decay
+    exploration_steps: int | None = None  # length in steps of the linear decay; cleanrl: a tenth of the run
 
     # network
     network: Literal["nature", "resnet"] = "nature"  # 3 convolutions and 512 units, or the IMPALA-like ResNet
@@ -133,6 +140,7 @@ class Args:
     redo_batch_size: int = 64  # states that the scores are taken over for recycling
     redo_adam: Literal["none", "moments", "moments+tensor-step", "per-element"] = "moments"  # what Adam forgets then
     redo_compat_flatten: bool = False  # zero the same wrong weights after the last convolution as the official code
+    redo_end_gradient_steps: int | None = None  # from this gradient step on nothing is recycled or reset; None: never
     reset_period_gradient_steps: int = 100_000  # gradient steps between resets (--method reset)
     reset_layers: tuple[str, ...] = ("dense", "head")  # the layers that are reset, with both Adam moments
 
@@ -154,7 +162,7 @@ class Args:
 
 
 # The paper's values (Tables 1 and 2; dopamine's dqn.gin), where exploration decays once learning has begun, and those
-# of CleanRL's dqn_atari.py, where it lasts a tenth of the run: 1M steps by default.
+# of CleanRL's dqn_atari.py, where it begins at once and lasts a tenth of the run (see `resolve_args`).
 PROTOCOLS = {
     "dopamine": dict(
         sticky_actions=0.25, terminal_on_life_loss=False, noop_max=0, fire_reset=False, learning_starts=20_000,
@@ -163,7 +171,7 @@ PROTOCOLS = {
     "cleanrl": dict(
         sticky_actions=0.0, terminal_on_life_loss=True, noop_max=30, fire_reset=True, learning_starts=80_000,
         learning_rate=1e-4, adam_eps=1e-8, loss="mse", target_network_frequency=1000, exploration_starts=0,
-        exploration_steps=1_000_000, padding="valid", init="torch"),
+        padding="valid", init="torch"),
 }  # fmt: skip
 SCRIPT, ACTION_REPEAT = "redo_dqn_atari", 4
 UPDATE_PERIOD = 4  # steps between bursts of gradient steps
@@ -182,7 +190,8 @@ def make_games(args, num_envs: int, **options):
     before an episode's first. send(action) starts a step, recv() waits for it; an episode that ended must be reset.
     """
     return gymnasium.make_vec(
-        args.env_id, num_envs, repeat_action_probability=args.sticky_actions, noop_max=args.noop_max,
+        args.env_id, num_envs, repeat_action_probability=args.sticky_actions,
+        noop_max=args.noop_max + 2 if args.noop_max else 0,  # a wider draw, see `start_games`
         use_fire_reset=args.fire_reset, max_num_frames_per_episode=ACTION_REPEAT * args.max_episode_steps,
         reward_clipping=False, episodic_life=False, num_threads=min(num_envs, os.cpu_count()), **options)  # fmt: skip
 
@@ -193,15 +202,32 @@ def episode_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def start_episode(games, seed: int, episode: int) -> tuple:
-    """Resets the only game, from a number that (seed, episode) determine -> observation (1, 4, 84, 84), info."""
-    return games.reset(seed=episode_seed(seed, 0, episode) // 2)
+def start_games(games, args, rng, which=None) -> tuple:
+    """Begins new episodes in the games `which` (num_envs,) bool, or in all, seeded from rng -> observations, info.
+
+    CleanRL plays 1 to noop_max no-op frames, all equally likely. ale_py draws from 0, and FIRE takes one frame's place,
+    so it draws from a wider range here, and a game whose number is not one of these begins anew.
+    """
+    which = np.ones(games.num_envs, bool) if which is None else which
+    fired = args.fire_reset and ale_py.Action.FIRE in games.ale.get_action_set()  # for one frame
+    while which.any():
+        seeds = rng.integers(2**31, size=which.sum())
+        obs, info = games.reset(seed=seeds, options={"reset_mask": which})
+        noops = info["episode_frame_number"] - int(fired)
+        which = which & (args.noop_max > 0) & ((noops < 1) | (noops > args.noop_max))
+    return obs, info
 
 
-def fire_button(games, args) -> int | None:
-    """The action that presses FIRE, where the protocol wants it and the game has it."""
+def start_episode(games, args, episode: int) -> tuple:
+    """Starts the only game, as (args.seed, episode) determine -> observation (1, 4, 84, 84), info."""
+    return start_games(games, args, np.random.default_rng(episode_seed(args.seed, 0, episode)))
+
+
+def action_after_life(games, args) -> int | None:
+    """What the protocol plays after a lost life: FIRE where the game has it, else a no-op; None: the agent chooses."""
     actions = list(games.ale.get_action_set())
-    return actions.index(ale_py.Action.FIRE) if args.fire_reset and ale_py.Action.FIRE in actions else None
+    button = ale_py.Action.FIRE if ale_py.Action.FIRE in actions else ale_py.Action.NOOP
+    return actions.index(button) if args.fire_reset else None
 
 
 def choose_action(q_network, obs, epsilon, rng, num_actions: int, device) -> np.ndarray:
@@ -227,7 +253,8 @@ class FrameReplay:
 
     def __init__(self, capacity, device, n_step=1, gamma=0.99, frame_shape=(84, 84), stack=4):
         self.capacity, self.n_step, self.gamma, self.stack = capacity, n_step, gamma, stack
-        self.frames = torch.empty((capacity, *frame_shape), dtype=torch.uint8, device=device)
+        self.frames = torch.empty((capacity + 1, *frame_shape), dtype=torch.uint8, device=device)
+        self.frames[capacity] = 0  # what stands before an episode's first frame
         self.record = torch.empty((capacity, 4), device=device)
         self.start = torch.empty(capacity, dtype=torch.int64, device=device)
         self.num_frames = self.num_transitions = self.age = 0
@@ -269,7 +296,9 @@ class FrameReplay:
         """Frame numbers (batch,) -> observations (batch, stack, height, width) uint8, zeros before an episode."""
         back = torch.arange(self.stack - 1, -1, -1, device=index.device)
         inside = back <= self.record[index % self.capacity, 3, None]
-        return self.frames[(index[:, None] - back) % self.capacity] * inside[:, :, None, None]
+        slot = torch.where(inside, (index[:, None] - back) % self.capacity, self.capacity)
+        # Copies whole frames; indexing by a tensor and masking afterwards take many times as long on a CPU
+        return self.frames.index_select(0, slot.flatten()).view(*slot.shape, *self.frames.shape[1:])
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple:
         """Uniform, drawn from a generator on the CPU -> obs (batch, stack, height, width), action (batch,), reward
@@ -662,14 +691,14 @@ def play_episodes(q_network, games, args, draw: int, device, stop=()) -> dict:
     Each of the games played side by side begins new episodes until it has had its share of the steps. `draw` numbers
     the evaluation: it seeds emulators and random actions. A signal in the list `stop` ends it: no metrics.
     """
-    rng, n, fire = np.random.default_rng((args.seed, 1, draw)), games.num_envs, fire_button(games, args)
-    obs, info = games.reset(seed=rng.integers(2**31, size=n))
+    rng, n, forced = np.random.default_rng((args.seed, 1, draw)), games.num_envs, action_after_life(games, args)
+    obs, info = start_games(games, args, rng)
     episode_return, episode_length, steps = np.zeros(n), np.zeros(n, int), np.zeros(n, int)
     running, finished, lost_life = np.ones(n, bool), [], np.zeros(n, bool)
     while running.any():
         action = choose_action(q_network, obs, args.eval_epsilon, rng, games.single_action_space.n, device)
-        if fire is not None:
-            action[lost_life] = fire
+        if forced is not None:
+            action[lost_life] = forced
         lives = info["lives"]
         obs, reward, terminated, truncated, info = games.step(action)
         episode_return, episode_length, steps = episode_return + reward, episode_length + 1, steps + 1
@@ -678,8 +707,7 @@ def play_episodes(q_network, games, args, draw: int, device, stop=()) -> dict:
             finished += [(episode_return[i], episode_length[i]) for i in np.flatnonzero(done & running)]
             running &= ~done | (steps < args.eval_steps / n)
             episode_return[done], episode_length[done], lost_life[done] = 0, 0, False
-            seeds = rng.integers(2**31, size=done.sum())
-            obs, info = games.reset(seed=seeds, options={"reset_mask": done})
+            obs, info = start_games(games, args, rng, done)
         if stop:
             return {}
     returns, lengths = np.array(finished, float).T
@@ -753,20 +781,30 @@ def resolve_args(args: Args) -> Args:
     defaults = PROTOCOLS[args.protocol] | dict(redo_tau=0.025 if args.replay_ratio == 0.25 else 0.1)
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if args.exploration_steps is None:
+        args.exploration_steps = max(1, round(0.1 * args.total_timesteps))
     if args.exploration_starts is None:
         args.exploration_starts = args.learning_starts
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     replay_bytes = min(args.buffer_size, 2 * args.total_timesteps) * (84 * 84 + 24)
+    layers, network_bytes = [], 0
+    if 0 < args.width < 64:
+        with torch.device("meta"):  # shapes only, nothing is allocated
+            network = {"nature": NatureCNN, "resnet": ResNet}[args.network](18, args)
+        layers = list(network.layers)
+        # Weights, the target's, gradients, and Adam's moments (per-element: their weights and temporary copies, too)
+        copies = 9 if args.method == "redo" and args.redo_adam == "per-element" else 5
+        network_bytes = 4 * copies * sum(p.numel() for p in network.parameters())
     largest_batch = max(args.batch_size, args.redo_batch_size, args.rank_batch_size)
-    work_bytes = max(1, args.width) * (3e8 + 8e5 * largest_batch)  # libraries, networks, Adam; activations
+    state_bytes = {"nature": 8e5, "resnet": 3e6}[args.network] * max(1, args.width)  # activations
+    work_bytes = 3e8 + network_bytes + state_bytes * largest_batch  # 3e8: libraries
     if args.buffer_device == "auto":
         fits = args.device == "cuda" and not missing["cuda"] and replay_bytes + work_bytes < 0.9 * memory("cuda")
         args.buffer_device = "cuda" if fits else "cpu"
 
     value = vars(args)
-    layers = list({"nature": NatureCNN, "resnet": ResNet}[args.network](1, args).layers) if 0 < args.width < 64 else []
     wrong = {  # limit -> the arguments that break it
         "must be greater than 0": [n for n in (
             "total_timesteps", "batch_size", "n_step", "learning_rate", "adam_eps", "target_network_frequency", "width",
@@ -775,7 +813,8 @@ def resolve_args(args: Args) -> Args:
             "log_every", "checkpoint_every") if not value[n] > 0],
         "must lie between 0 and 2**32 - 1": ["seed"] * (not 0 <= args.seed < 2**32),
         f"must be at most --learning-starts {args.learning_starts}": [n for n in (
-            "batch_size", "redo_batch_size") if value[n] > args.learning_starts],
+            "batch_size", "redo_batch_size" if args.method == "redo" else "batch_size")
+            if value[n] > args.learning_starts],
         "must be at most 27000, 30 minutes": [n for n in ("max_episode_steps", "noop_max") if value[n] > 27_000],
         "must not be negative": [n for n in (
             "noop_max", "weight_decay", "redo_tau", "exploration_starts") if not value[n] >= 0],
@@ -805,11 +844,24 @@ def resolve_args(args: Args) -> Args:
             refuse(name, value[name], limit)
     if args.buffer_size < 2 * (args.n_step + 4):
         refuse("buffer_size", args.buffer_size, f"is too small for --n-step {args.n_step}")
+    if args.redo_end_gradient_steps is not None and args.redo_end_gradient_steps <= 0:
+        refuse("redo_end_gradient_steps", args.redo_end_gradient_steps, "must be greater than 0")
+    # What a method does not read; the two periods may be given to all, as sweeps of several methods do
+    idle = {"redo": ["redo_tau", "redo_batch_size", "redo_adam", "redo_compat_flatten"], "reset": ["reset_layers"]}
+    for method, names in idle.items():
+        for name in names:
+            if args.method != method and value[name] != defaults.get(name, getattr(Args, name)):
+                refuse(name, value[name], f"does nothing without --method {method}")
+    if args.method == "dqn" and args.redo_end_gradient_steps is not None:
+        refuse("redo_end_gradient_steps", args.redo_end_gradient_steps, "--method dqn recycles and resets nothing")
+    if args.redo_compat_flatten and args.network == "resnet":
+        refuse("redo_compat_flatten", True, "of the ResNet no layer that is recycled is flattened")
     needed = {args.device: work_bytes}
     needed[args.buffer_device] = needed.get(args.buffer_device, 0) + replay_bytes
     for device, total in needed.items():
         if total > memory(device):
-            name = "buffer_size" if device == args.buffer_device and replay_bytes > work_bytes else "rank_batch_size"
+            name = "width" if 2 * network_bytes > work_bytes else "rank_batch_size"
+            name = "buffer_size" if device == args.buffer_device and replay_bytes > work_bytes else name
             limit = f"the run needs about {total / 1e9:.1f} GB, {device} has {memory(device) / 1e9:.1f} GB"
             refuse(name, value[name], limit)
     try:
@@ -1004,7 +1056,7 @@ def train(args: Args) -> Path:
         fast_cpu()
 
     games, eval_games = make_games(args, 1), make_games(args, args.eval_envs)
-    num_actions, fire = int(games.single_action_space.n), fire_button(games, args)
+    num_actions, forced = int(games.single_action_space.n), action_after_life(games, args)
     layout = torch.channels_last if args.amp or device.type == "cpu" else torch.contiguous_format
     agent = DQNAgent(num_actions, args).to(device, memory_format=layout)
     if args.compile:  # once per batch size and kind of gradient
@@ -1045,7 +1097,7 @@ def train(args: Args) -> Path:
     history = {kind: {k: v.to(device) for k, v in masks.items()} for kind, masks in start["history"].items()}
 
     # The emulator's state is not in the checkpoint: the same seed and the same actions lead to it again
-    obs, info = start_episode(games, args.seed, episode)
+    obs, info = start_episode(games, args, episode)
     episode_return, episode_actions, lost_life = 0.0, start["episode_actions"], False
     for action in episode_actions:
         lives = info["lives"][0]
@@ -1133,8 +1185,8 @@ def train(args: Args) -> Path:
         # Act: the emulator plays this step in its own thread ...
         epsilon = epsilon_at(global_step, args)
         action = int(choose_action(q_network, obs, epsilon, action_rng, num_actions, device)[0])
-        if lost_life and fire is not None:
-            action = fire
+        if lost_life and forced is not None:
+            action = forced
         games.send(np.array([action]))
 
         # Learn: ... while the network learns from the steps before it
@@ -1148,6 +1200,8 @@ def train(args: Args) -> Path:
                 else:
                     metrics = td_update(agent, [optimizer], batch, args)
                 gradient_steps += 1
+                if args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps:
+                    continue  # plain DQN from here on
                 if args.method == "reset":
                     if gradient_steps % args.reset_period_gradient_steps == 0:
                         reset_layers(q_network, optimizer, args.reset_layers, rng["redo"])
@@ -1174,7 +1228,7 @@ def train(args: Args) -> Path:
             events |= {"charts/episodic_return": episode_return, "charts/episodic_length": len(episode_actions)}
             bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
             episode, episode_actions, episode_return, lost_life = episode + 1, [], 0.0, False
-            obs, info = start_episode(games, args.seed, episode)
+            obs, info = start_episode(games, args, episode)
             replay.add_first(obs[0, -1])
 
         # Log, look, save

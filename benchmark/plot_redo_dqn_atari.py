@@ -181,11 +181,15 @@ def by_replay_ratio(runs, out, paper) -> None:
     save(figure, rows, out, NOTE)
 
 
+def demon_attack(runs) -> list:
+    return [run for run in runs if run.args["env_id"] == "ALE/DemonAttack-v5"]
+
+
 FIGURES = {
     "fig1": lambda runs, out: headline(runs, out, PAPER_FIG1),
     "fig2": lambda runs, out: curves(runs, out, [DORMANT.format(0)], [PAPER_FIG2], True),
     "fig5": lambda runs, out: curves(runs, out, ["plasticity/overlap_previous/dense"], [PAPER_FIG5], True),
-    "fig7": lambda runs, out: curves(runs, out, [DORMANT.format(0), RETURN], PAPER_FIG7),
+    "fig7": lambda runs, out: curves(demon_attack(runs), out, [DORMANT.format(0), RETURN], PAPER_FIG7),
     "fig9": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), RETURN], PAPER_FIG9),
     "fig10a": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10["fig10a"]),
     "fig10b": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10["fig10b"]),
@@ -197,10 +201,7 @@ FIGURES = {
     "fig21": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), DORMANT.format(0.1)]),
     "fig24": lambda runs, out: curves(runs, out, [DORMANT.format(0.1)]),
     "table7": lambda runs, out: curves(
-        [run for run in runs if arm(run) in PAPER_TABLE7 and run.args["env_id"] == "ALE/DemonAttack-v5"],
-        out,
-        [RANK],
-        [PAPER_TABLE7],
+        [run for run in demon_attack(runs) if arm(run) in PAPER_TABLE7], out, [RANK], [PAPER_TABLE7]
     ),
     "adam": lambda runs, out: curves(runs, out, [DORMANT.format(0.1), DORMANT.format(0), RETURN]),
     "cpu": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RANK, RETURN]),

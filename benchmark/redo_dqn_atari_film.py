@@ -27,7 +27,7 @@ def film(run_dir: Path, max_steps: int = 4500) -> Path:
     agent = redo.DQNAgent(int(grey.single_action_space.n), args)
     agent.load_state_dict(torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["agent"])
     rng, frames, done = np.random.default_rng((args.seed, 3)), [], False
-    obs, picture = (redo.start_episode(games, args.seed, 0)[0] for games in (grey, colour))
+    obs, picture = (redo.start_episode(games, args, 0)[0] for games in (grey, colour))
     while not done and len(frames) < max_steps:
         frames.append(picture[0, 0].repeat(2, axis=0).repeat(2, axis=1))
         action = redo.choose_action(agent.q_network, obs, args.eval_epsilon, rng, grey.single_action_space.n, cpu)

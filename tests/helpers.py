@@ -22,12 +22,13 @@ POINT = (
     "--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 3 --batch-size 8 --width 16 "
     "--learning-starts 80 --total-timesteps 600 --buffer-size 400 --eval-episodes 3 --eval-every 80 --num-threads 2"
 ).split()
-ATARI = (
+ATARI_DQN = (
     "--width 0.125 --padding valid --batch-size 8 --learning-starts 60 --total-timesteps 240 --buffer-size 250 "
     "--replay-ratio 1 --exploration-steps 100 --max-episode-steps 50 --target-network-frequency 40 --eval-every 120 "
     "--eval-steps 10 --eval-envs 1 --dormant-every 60 --dormant-batch-size 8 --rank-batch-size 16 --log-every 20 "
-    "--redo-period-gradient-steps 30 --redo-batch-size 8 --reset-period-gradient-steps 50"
+    "--redo-period-gradient-steps 30 --reset-period-gradient-steps 50"
 ).split()
+ATARI = [*ATARI_DQN, "--redo-batch-size", "8"]
 ADAPTIVE = (
     "--env-id pixel_env:Dot-v0 --image-size 24 --hidden-dim 16 --feature-dim 8 --batch-size 8 --learning-starts 30 "
     "--exploration-steps 30 --total-timesteps 120 --stddev-steps 100 --eval-every 60 --eval-episodes 2 --log-every 20"

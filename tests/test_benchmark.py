@@ -144,6 +144,15 @@ def test_curves_over_gradient_steps():
     assert rows == [(0, 0.1, "0.3"), (0.0625, 0.2, "0.3"), (0.125, 0.4, "0.3")]
 
 
+def test_fig7_stays_one_game_when_fig16_has_run():
+    for game, score in (("DemonAttack", 3650), ("Asterix", 900)):  # Fig. 16's runs have the same names
+        write_atari_run(game, "redo_fig7-smoke-rr0.25", 1, [150, score])
+        write_atari_run(game, "redo_fig7-smoke-rr0.25", 1, [0.1, 0.09], plot_redo.DORMANT.format(0))
+    plot_redo.FIGURES["fig7"](plotting.load_runs("redo_fig7-*"), "out")
+    rows = [(row["env_id"], row["paper"]) for row in read_csv("out.csv")]
+    assert rows == [("ALE/DemonAttack-v5", "0.09")] * 2 + [("ALE/DemonAttack-v5", "3650")] * 2
+
+
 def pixel_run(name, seed, values, task="walker-run", tag="plasticity/fau/critic"):
     options = dict(tag=tag, every=50_000, folder=task, action_repeat=2, env_id=f"dm_control/{task}-v0")
     write_run(f"drqv2-small-{name}", seed, values, **options)
