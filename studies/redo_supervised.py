@@ -7,17 +7,17 @@
 #     "tensorboard==2.21.0",
 # ]
 # ///
-"""Targets that change make neurons dormant: Fig. 3 of The Dormant Neuron Phenomenon in Deep Reinforcement Learning (Sokar,
-Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902).
+"""Targets that change make neurons dormant: Fig. 3 of The Dormant Neuron Phenomenon in Deep Reinforcement Learning
+(Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902).
 
 Is it the changing targets of deep RL that silence neurons? Supervised learning can tell, since there the images stay
 while the targets change: 10,000 labelled images are learned for 100 epochs, and every 20 epochs all labels are permuted
-among the images. From then on they are noise, which can only be learned by heart.               -> `train`, `shuffle`
+among the images. From then on they are noise, which can only be learned by heart.                          -> `train`
 Score of neuron i of a layer with H neurons, on a batch D of images (Eq. 1):                          -> `dormant_score`
     s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; a feature map is one neuron
-A neuron is tau-dormant if s_i <= tau (Definition 3.1). The figure shows the share of dormant neurons in all hidden layers
-at tau = 0, the mean of 3 seeds: with fixed labels it falls from 9% to 0.7%; after the four permutations it jumps to 29,
-41, 39 and 44%, falls a little after each, and ends at 32%.
+A neuron is tau-dormant if s_i <= tau (Definition 3.1). The figure shows the share of dormant neurons in all hidden
+layers at tau = 0, the mean of 3 seeds: with fixed labels it falls from 9% to 0.7%; after the four permutations it jumps
+to 29, 41, 39 and 44%, falls a little after each, and ends at 32%.
 ReDo (Algorithm 1), every 40 gradient steps (it is not in this figure):                                     -> `recycle`
     of every tau-dormant neuron: re-draw the incoming weights from the initial distribution, zero the outgoing ones
 
@@ -53,7 +53,7 @@ import tarfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class Args:
 
     # data
     data: str = "auto"  # CIFAR-10's cifar-10-python.tar.gz, a folder with MNIST-like *-ubyte.gz, synthetic, or auto
-    num_images: Count = 10_000  # the first images of the training set
+    num_images: Annotated[int, (1, 60_000)] = 10_000  # the first images of the training set
     task: Literal["classification", "regression"] = "classification"  # regression: see choice 5 above, it is ours
     targets: Literal["fixed", "shuffled"] = "shuffled"  # shuffled: permuted among the images, again and again
     shuffle_every_epochs: Count = 20  # epochs between permutations
@@ -96,7 +96,7 @@ class Args:
     redo_batch_size: Count = 64  # images that the scores are taken over for recycling
 
 
-SCRIPT, ACTION_REPEAT = "redo_supervised", 1
+SCRIPT = "redo_supervised"
 CLASSES, TAUS = 10, (0, 0.025, 0.1)
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 
@@ -148,7 +148,7 @@ def synthetic_images(num_images: int) -> tuple:
 
 
 def load_data(data: str, num_images: int) -> tuple:
-    """--data -> the set's name, images (num_images, channels, height, width) uint8, labels (num_images,)."""
+    """--data -> the set's name, its first images (num_images, channels, height, width) uint8, labels (num_images,)."""
     path = Path(data)
     if data == "auto":
         path = FASHION_MNIST if FASHION_MNIST.exists() else Path("synthetic")
@@ -163,8 +163,6 @@ def load_data(data: str, num_images: int) -> tuple:
         raise ValueError("it does not contain pictures of bytes, each with a label")
     if min(images.shape[2:]) < 8 or not 0 <= labels.min() <= labels.max() < CLASSES:
         raise ValueError(f"it does not contain pictures of 8 x 8 pixels or more, with labels from 0 to {CLASSES - 1}")
-    if len(images) < num_images:
-        raise ValueError(f"it contains only {len(images)} images")
     return name, torch.tensor(images), torch.tensor(labels, dtype=torch.int64)
 
 
@@ -172,11 +170,6 @@ def episode_seed(*numbers: int) -> int:
     """A seed that the numbers determine: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
     numbers), and which one of these. Below 2**32: torch's generators on a CPU ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def shuffle(targets: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The same targets, permuted among the images."""
-    return targets[torch.randperm(len(targets), generator=generator).to(targets.device)]
 
 
 # === Network ==========================================================================================================
@@ -292,8 +285,8 @@ def recycle(layers, activations, optimizer, tau, generator, init="torch") -> lis
 
 # === Learning =========================================================================================================
 def update(network, optimizer, images, targets, task) -> tuple:
-    """One gradient step -> its loss, and how many predictions are right; for regression, 1 - MSE / variance times batch
-    size (the share of the variance explained: class targets have variance 1)."""
+    """One gradient step -> its loss, and how many predictions were right; for regression, of which targets have mean 0
+    and variance 1, the explained share of the variance times the batch size."""
     outputs = network(images)[0]
     if task == "classification":
         loss = F.cross_entropy(outputs, targets)
@@ -310,8 +303,7 @@ def update(network, optimizer, images, targets, task) -> tuple:
 def train(args: Args) -> Path:
     """Trains, logs to a new folder under runs/, and returns that folder."""
     name, images, labels, device = check_args(args)
-    if device.type == "cpu":
-        fast_cpu()
+    torch.set_flush_denormal(True)  # on a CPU numbers too small for float32's normal range are slow
     # A stream of random numbers for each purpose, so that for instance ReDo does not change the batches
     purposes = ("weights", "batch", "shuffle", "look", "redo", "targets")
     rng = {purpose: torch.Generator().manual_seed(episode_seed(args.seed, 2, i)) for i, purpose in enumerate(purposes)}
@@ -336,7 +328,7 @@ def train(args: Args) -> Path:
     log(writer, 0, metrics)
     for epoch in range(args.epochs):
         if args.targets == "shuffled" and epoch and epoch % args.shuffle_every_epochs == 0:
-            targets = shuffle(targets, rng["shuffle"])
+            targets = targets[torch.randperm(len(targets), generator=rng["shuffle"]).to(device)]
 
         # Learn, recycle
         loss_sum, right_sum, recycled = 0.0, 0.0, 0
@@ -345,8 +337,8 @@ def train(args: Args) -> Path:
             loss_sum, right_sum = loss_sum + loss * len(index), right_sum + right
             gradient_steps += 1
             if args.redo and gradient_steps % args.redo_period_gradient_steps == 0:
-                probe = images[torch.randperm(args.num_images, generator=rng["redo"])[: args.redo_batch_size]]
-                activations = network(probe)[1].values()
+                probe = torch.randperm(args.num_images, generator=rng["redo"])[: args.redo_batch_size]
+                activations = network(images[probe])[1].values()
                 masks = recycle(network.readers(), activations, optimizer, args.redo_tau, rng["redo"], args.init)
                 recycled += sum(int(mask.sum()) for mask in masks)
 
@@ -377,33 +369,36 @@ def refuse(flag: str, value: object, limit: str) -> None:
 
 def check_args(args: Args) -> tuple:
     """Refuses what cannot work, before anything is written -> the data's name, images and labels, and the device."""
-    types = get_type_hints(Args)
     for name, hint in get_type_hints(Args, include_extras=True).items():
-        value = getattr(args, name)
-        if get_origin(types[name]) is Literal and value not in get_args(types[name]):
-            refuse(name, value, f"must be {' or '.join(get_args(types[name]))}")
         for low, high in getattr(hint, "__metadata__", ()):
-            if not low <= value <= high:
-                refuse(name, value, f"must lie between {low} and {high}")
-    given = {name for name, value in asdict(args).items() if value != getattr(Args, name)}
-    no_redo = {} if args.redo else {name: "--redo" for name in given if name.startswith("redo_")}
-    no_shuffle = {"shuffle_every_epochs": "--targets shuffled"} if args.targets == "fixed" else {}
-    for name in given & {**no_redo, **no_shuffle}.keys():
-        refuse(name, getattr(args, name), f"has no effect without {(no_redo | no_shuffle)[name]}")
-    for name in ("batch_size", "dormant_batch_size", "redo_batch_size"):
-        if getattr(args, name) > args.num_images:
-            refuse(name, getattr(args, name), f"must be at most --num-images {args.num_images}")
-    if not args.exp_name.isprintable() or set(args.exp_name) & set("/*?["):
-        refuse("exp_name", args.exp_name, "is no name for a folder")
+            if not low <= getattr(args, name) <= high:
+                refuse(name, getattr(args, name), f"must lie between {low} and {high}")
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     device = args.device if args.device != "auto" else "cuda" if here["cuda"] else "cpu"
-    if not here[device]:
-        refuse("device", device, "torch sees no such device here")
+    steps = args.epochs * math.ceil(args.num_images / args.batch_size)
+    few, default = f"must be at most --num-images {args.num_images}", asdict(Args())
+    for name, fine, limit in (
+        ("batch_size", args.batch_size <= args.num_images, few),
+        ("dormant_batch_size", args.dormant_batch_size <= args.num_images, few),
+        ("redo_batch_size", args.redo_batch_size <= args.num_images or not args.redo, few),
+        ("shuffle_every_epochs", args.targets == "shuffled", "has no effect without --targets shuffled"),
+        ("shuffle_every_epochs", args.shuffle_every_epochs < args.epochs, f"must be less than --epochs {args.epochs}"),
+        ("redo_tau", args.redo, "has no effect without --redo"),
+        ("redo_batch_size", args.redo, "has no effect without --redo"),
+        ("redo_period_gradient_steps", args.redo, "has no effect without --redo"),
+        ("redo_period_gradient_steps", args.redo_period_gradient_steps <= steps, f"the run has only {steps}"),
+        ("exp_name", args.exp_name.isprintable() and not set(args.exp_name) & set("/*?["), "is no name for a folder"),
+        ("device", here[device], "torch sees no such device here"),
+    ):
+        if not fine and (limit == few or getattr(args, name) != default[name]):
+            refuse(name, getattr(args, name), limit)
     try:
-        return *load_data(args.data, args.num_images), torch.device(device)
+        name, images, labels = load_data(args.data, args.num_images)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        refuse("data", args.data, f"cannot be read: {reason}")
+        refuse("data", args.data, "cannot be read: " + (" ".join(str(error).split()) or type(error).__name__))
+    if len(images) < args.num_images:
+        refuse("num_images", args.num_images, f"{name} has only {len(images)} images")
+    return name, images, labels, torch.device(device)
 
 
 def start_run(args: Args, data: str) -> tuple:
@@ -418,7 +413,7 @@ def start_run(args: Args, data: str) -> tuple:
     git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     versions["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    description = dict(script=SCRIPT, action_repeat=ACTION_REPEAT, data=data, args=asdict(args), versions=versions)
+    description = dict(script=SCRIPT, action_repeat=1, data=data, args=asdict(args), versions=versions)
     (run_dir / "args.json").write_text(json.dumps(description, indent=2))
     return run_dir, SummaryWriter(str(run_dir))
 
@@ -434,18 +429,6 @@ def finish_run(run_dir: Path, summary: dict) -> None:
     (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
     os.replace(run_dir / "summary.tmp", run_dir / "summary.json")
     print(f"{run_dir}: {summary['plasticity/dormant_ratio_tau0/all']:.1%} of the neurons are dormant (tau 0)")
-
-
-def fast_cpu() -> None:
-    """On a CPU: numbers too small for float32's normal range become 0, and float32 matrix products go through oneDNN
-    instead of MKL where a self-test finds them as exact (CPUs without bfloat16 matrix units): on AMD twice as fast.
-
-    torch.set_float32_matmul_precision must come before: it undoes this."""
-    torch.set_flush_denormal(True)
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    if ((x @ x).double() - x.double() @ x.double()).abs().max() > 1e-3:
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 if __name__ == "__main__":
