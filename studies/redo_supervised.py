@@ -34,8 +34,9 @@ cross-entropy. It has no public code for this figure; the rest is ours, where we
  2. The images: the first 10,000 training images of CIFAR-10, or of any other set of 10 classes (--data). Without --data
     it is Fashion-MNIST, if Debian's package dataset-fashion-mnist is installed, or else 10 blurred patterns.
  3. Scores are taken over the same 1000 images in every epoch, before the first and after each one.
- 4. ReDo's period is one epoch, its tau and batch are those of the paper's Atari experiments. The optimizer forgets the
-    momentum of every weight that ReDo changes.
+ 4. ReDo's period is one epoch; it acts after the look at the scores, which so sees what an epoch of learning has left.
+    Its tau and batch are those of the paper's Atari experiments. The optimizer forgets the momentum of every weight
+    that ReDo changes.
  5. Regression (--task regression) is ours altogether: every class has 10 random numbers as its target, and the loss is
     the mean squared error. It shows whether the loss matters.
 """
@@ -330,17 +331,17 @@ def train(args: Args) -> Path:
         if args.targets == "shuffled" and epoch and epoch % args.shuffle_every_epochs == 0:
             targets = targets[torch.randperm(len(targets), generator=rng["shuffle"]).to(device)]
 
-        # Learn, recycle
+        # Recycle, learn
         loss_sum, right_sum, recycled = 0.0, 0.0, 0
         for index in torch.randperm(args.num_images, generator=rng["batch"]).split(args.batch_size):
-            loss, right = update(network, optimizer, images[index], targets[index], args.task)
-            loss_sum, right_sum = loss_sum + loss * len(index), right_sum + right
-            gradient_steps += 1
-            if args.redo and gradient_steps % args.redo_period_gradient_steps == 0:
+            if args.redo and gradient_steps and gradient_steps % args.redo_period_gradient_steps == 0:
                 probe = torch.randperm(args.num_images, generator=rng["redo"])[: args.redo_batch_size]
                 activations = network(images[probe])[1].values()
                 masks = recycle(network.readers(), activations, optimizer, args.redo_tau, rng["redo"], args.init)
                 recycled += sum(int(mask.sum()) for mask in masks)
+            loss, right = update(network, optimizer, images[index], targets[index], args.task)
+            loss_sum, right_sum = loss_sum + loss * len(index), right_sum + right
+            gradient_steps += 1
 
         # Look, log
         metrics = dormant_ratios(network, looked_at) | {
@@ -386,7 +387,7 @@ def check_args(args: Args) -> tuple:
         ("redo_tau", args.redo, "has no effect without --redo"),
         ("redo_batch_size", args.redo, "has no effect without --redo"),
         ("redo_period_gradient_steps", args.redo, "has no effect without --redo"),
-        ("redo_period_gradient_steps", args.redo_period_gradient_steps <= steps, f"the run has only {steps}"),
+        ("redo_period_gradient_steps", args.redo_period_gradient_steps < steps, f"the run has only {steps}"),
         ("exp_name", args.exp_name.isprintable() and not set(args.exp_name) & set("/*?["), "is no name for a folder"),
         ("device", here[device], "torch sees no such device here"),
     ):

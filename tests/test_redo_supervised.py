@@ -300,6 +300,14 @@ def test_redo_changes_neither_batches_nor_permutations(monkeypatch):
     assert plain == redo
 
 
+def test_the_look_at_the_end_of_an_epoch_comes_before_recycling():
+    """Else a period of one epoch would always show a network that has just been recycled."""
+    plain, redo = scalars(run()), scalars(run(**REDO | dict(redo_tau=0.5)))
+    tag = "plasticity/dormant_ratio_tau0.1/all"
+    assert redo[tag][1] == plain[tag][1] > 0 and redo["plasticity/redo_recycled/all"][1] == 0
+    assert redo["plasticity/redo_recycled/all"][2] > 20 and redo["losses/train"][2] != plain["losses/train"][2]
+
+
 CHANGES = [
     dict(seed=2), dict(data="idx"), dict(num_images=63), dict(task="regression"),
     dict(targets="fixed", shuffle_every_epochs=20), dict(shuffle_every_epochs=2), dict(epochs=4), dict(batch_size=16),
