@@ -50,6 +50,14 @@ def test_scores_and_ratios_by_hand():
         "0.1/conv1": 1 / 3, "0.1/dense": 1 / 2, "0.1/all": 2 / 5})  # fmt: skip
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_is_not_finite_has_no_dormant_ratio(value):
+    activations = {"conv1": torch.tensor([[0.0, 1.0]]), "dense": torch.tensor([[0.0, value, 1.0]])}
+    ratios = study.dormant_ratios(lambda images: (None, activations), None)
+    assert ratios["plasticity/dormant_ratio_tau0/conv1"] == 0.5
+    assert ratios["plasticity/dormant_ratio_tau0/dense"].isnan() and ratios["plasticity/dormant_ratio_tau0/all"].isnan()
+
+
 # --- ReDo in any network ----------------------------------------------------------------------------------------------
 class TwoReaders(nn.Module):
     """A foreign network: a convolution, and two dense layers that read it; the heads on them are not recycled."""
