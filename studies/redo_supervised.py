@@ -75,8 +75,10 @@ class Args:
     data: str = "auto"  # CIFAR-10's cifar-10-python.tar.gz, a folder with MNIST-like *-ubyte.gz, synthetic, or auto
     num_images: Annotated[int, (1, 60_000)] = 10_000  # the first images of the training set
     task: Literal["classification", "regression"] = "classification"  # regression: see choice 5 above, it is ours
-    targets: Literal["fixed", "shuffled"] = "shuffled"  # shuffled: permuted among the images, again and again
-    shuffle_every_epochs: Count = 20  # epochs between permutations
+    targets: Literal["fixed", "shuffled", "relabelled"] = (
+        "shuffled"  # labels: permuted among images, or classes renamed
+    )
+    shuffle_every_epochs: Count = 20  # epochs between these changes
 
     # learning
     epochs: Count = 100  # passes over the images
@@ -158,10 +160,9 @@ def load_data(data: str, num_images: int) -> tuple:
         name, images, labels = path.resolve().name, images[:num_images, None], labels[:num_images]
     else:
         name, (images, labels) = "CIFAR-10", read_cifar(path, num_images)
-    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
-        raise ValueError("it does not contain pictures of bytes, each with a label")
-    if min(images.shape[2:]) < 8 or not 0 <= labels.min() <= labels.max() < CLASSES:
-        raise ValueError(f"it does not contain pictures of 8 x 8 pixels or more, with labels from 0 to {CLASSES - 1}")
+    pictures = images.ndim == 4 and images.dtype == np.uint8 and min(images.shape[2:]) >= 8
+    if not pictures or labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < CLASSES:
+        raise ValueError("it does not contain pictures of bytes, 8 x 8 or larger, each with a label from 0 to 9")
     return name, torch.tensor(images), torch.tensor(labels, dtype=torch.int64)
 
 
@@ -315,10 +316,11 @@ def train(args: Args) -> Path:
         std, mean = torch.std_mean(images, (0, 2, 3), keepdim=True)
         images = (images - mean) / std.clamp_min(1e-6)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
-    targets = labels.to(device)
+    codes = torch.arange(CLASSES)
     if args.task == "regression":
-        numbers = torch.randn(CLASSES, CLASSES, generator=rng["targets"])
-        targets = ((numbers - numbers.mean()) / numbers.std(correction=0)).to(device)[targets]
+        codes = torch.randn(CLASSES, CLASSES, generator=rng["targets"])
+        codes = (codes - codes.mean()) / codes.std(correction=0)
+    targets = codes[labels].to(device)
     network = ConvNet(images.shape[1:], args.downsampling, args.init, rng["weights"])
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum)
@@ -329,8 +331,12 @@ def train(args: Args) -> Path:
     metrics = dormant_ratios(network, looked_at)
     log(writer, 0, metrics)
     for epoch in range(args.epochs):
-        if args.targets == "shuffled" and epoch and epoch % args.shuffle_every_epochs == 0:
-            targets = targets[torch.randperm(len(targets), generator=rng["shuffle"]).to(device)]
+        if args.targets != "fixed" and epoch and epoch % args.shuffle_every_epochs == 0:
+            if args.targets == "shuffled":
+                labels = labels[torch.randperm(args.num_images, generator=rng["shuffle"])]
+            else:
+                labels = torch.randperm(CLASSES, generator=rng["shuffle"])[labels]
+            targets = codes[labels].to(device)
 
         # Recycle, learn
         loss_sum, right_sum, recycled = 0.0, 0.0, 0
@@ -384,7 +390,7 @@ def check_args(args: Args) -> tuple:
         ("batch_size", args.batch_size <= args.num_images, few),
         ("dormant_batch_size", args.dormant_batch_size <= args.num_images, few),
         ("redo_batch_size", args.redo_batch_size <= args.num_images or not args.redo, few),
-        ("shuffle_every_epochs", args.targets == "shuffled", "has no effect without --targets shuffled"),
+        ("shuffle_every_epochs", args.targets != "fixed", "has no effect with --targets fixed"),
         ("shuffle_every_epochs", args.shuffle_every_epochs < args.epochs, f"must be less than --epochs {args.epochs}"),
         *((name, args.redo, "has no effect without --redo") for name in default if name.startswith("redo_")),
         ("redo_period_gradient_steps", args.redo_period_gradient_steps < steps, f"the run has only {steps}"),
