@@ -75,9 +75,7 @@ class Args:
     data: str = "auto"  # CIFAR-10's cifar-10-python.tar.gz, a folder with MNIST-like *-ubyte.gz, synthetic, or auto
     num_images: Annotated[int, (1, 60_000)] = 10_000  # the first images of the training set
     task: Literal["classification", "regression"] = "classification"  # regression: see choice 5 above, it is ours
-    targets: Literal["fixed", "shuffled", "relabelled"] = (
-        "shuffled"  # labels: permuted among images, or classes renamed
-    )
+    targets: Literal["fixed", "shuffled", "relabelled"] = "shuffled"  # labels permuted among images, or among classes
     shuffle_every_epochs: Count = 20  # epochs between these changes
 
     # learning
