@@ -145,13 +145,17 @@ drm_arms() {
   echo "drqv2 $DRM_OFF"
 }
 
-run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]
+run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]; ENV_ID is - for a study that has none
   local script=$1 env=$2 exp=$3 seed=$4 dir
   local folder="${env//\//-}__${exp}__${seed}"
+  [ "$env" != - ] || folder="$(basename "$script" .py)__${exp}__${seed}"
   local log="runs/logs/$folder.log"
   shift 4
   runs=$((runs + 1))
   local command=(python "$script" --env-id "$env" --exp-name "$exp" --seed "$seed" "$@" $EXTRA)
+  if [ "$env" = - ]; then
+    command=(python "$script" --exp-name "$exp" --seed "$seed" "$@" $EXTRA)
+  fi
   for dir in runs/"$folder"__*/; do
     if [ -e "${dir}summary.json" ]; then
       skipped=$((skipped + 1))

@@ -45,7 +45,7 @@ def load_runs(pattern: str, folder: str = "runs") -> list:
         if fnmatch(description["args"]["exp_name"], pattern):
             events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0})
             events.Reload()
-            key = tuple(description["args"][name] for name in ("env_id", "exp_name", "seed"))
+            key = tuple(description["args"].get(name, "") for name in ("env_id", "exp_name", "seed"))  # studies: no env
             runs[key] = Run(path.parent, description["args"], description["action_repeat"], events)
     if not runs:
         raise SystemExit(f"error: no run under {folder}/ has an --exp-name that matches {pattern}")

@@ -13,7 +13,8 @@ name=$(basename "$sweep" .sh)_${SCALE:-smoke}
 list=runs/slurm/$name.txt
 mkdir -p runs/slurm runs/logs
 commands=$(bash "$sweep" --dry-run)
-grep -E "^python [a-z0-9_]+\.py " <<<"$commands" >"$list" || { echo "slurm.sh: all runs of $name are finished"; exit 0; }
+grep -E "^python (studies/)?[a-z0-9_]+\.py " <<<"$commands" >"$list" ||
+  { echo "slurm.sh: all runs of $name are finished"; exit 0; }
 submit=(sbatch --array="1-$(wc -l <"$list")" --job-name="$name" --output="runs/logs/$name-%a.log" --signal=B:TERM@120)
 for option in "$@"; do
   if [ "$option" = --dry-run ]; then submit=(echo "${submit[@]}"); else submit+=("$option"); fi

@@ -377,6 +377,7 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("results"))
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
+    shutil.copytree(ROOT / "studies", tmp_path / "studies")
     common = tmp_path / "benchmark" / "common.sh"
     text = common.read_text()
     for old, new in (
@@ -400,7 +401,7 @@ def checkout(tmp_path):
 
 @pytest.mark.parametrize("name, runs", [
     ("redo_dqn_atari_fig9_redo", 2), ("drqv2_plasticity_fig3_fau", 2), ("adaptive_rr_fig9_returns", 3),
-    ("drm_fig2_hopper", 1),
+    ("drm_fig2_hopper", 1), ("redo_supervised_fig3", 5),
 ])  # fmt: skip
 def test_a_sweep_of_every_other_script(name, runs, checkout, tmp_path):
     done = checkout(name)

@@ -14,7 +14,8 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(ROOT.glob("*.py"))
+STUDIES = sorted(ROOT.glob("studies/*.py"))
+SCRIPTS = sorted(ROOT.glob("*.py")) + STUDIES
 SWEEPS = sorted(path for path in (ROOT / "benchmark").glob("*_*.sh"))
 IMPORT_NAMES = {"ale_py": "ale-py"}  # where they differ from the package's
 README = (ROOT / "README.md").read_text() + (ROOT / "benchmark" / "README.md").read_text()
@@ -41,7 +42,9 @@ def test_same_name_means_same_source():
     for script in SCRIPTS:
         text = script.read_text()
         for node in ast.parse(text).body:
-            own = ("Args", "train", "resolve_args")
+            own = ["Args", "train", "resolve_args"]
+            if script in STUDIES:
+                own += ["check_args", "update", "recycle"]  # recycle: redo_dqn_atari.py's knows its own network alone
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in own:
                 source = ast.get_source_segment(text, node)
                 assert seen.setdefault(node.name, source) == source, f"{node.name} in {script.name}"
@@ -71,7 +74,8 @@ def test_sweeps_print_their_commands(path, scale, tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     *runs, draw = done.stdout.splitlines()
     assert len(set(runs)) == len(runs) >= 1
-    assert all(re.match(r"python \w+\.py --env-id [\w/-]+ --exp-name [\w.-]+ --seed \d+", line) for line in runs)
+    script = r"python (\w+\.py --env-id [\w/-]+|studies/\w+\.py) --exp-name [\w.-]+ --seed \d+"
+    assert all(re.match(script, line) for line in runs)
     assert draw.startswith("python benchmark/plot_") and draw.endswith(f"{path.stem}_{scale}")
 
 
@@ -88,7 +92,7 @@ def test_sweeps_stand_in_the_figure_table(path):
 
 
 def test_readmes_name_only_files_that_exist():
-    for name in re.findall(r"(?:bash|python) ((?:benchmark|tests)/[\w/]+\.\w+|\w+\.py)", README):
+    for name in re.findall(r"(?:bash|python) ((?:benchmark|studies|tests)/[\w/]+\.\w+|\w+\.py)", README):
         assert (ROOT / name).exists(), name
 
 
@@ -104,7 +108,7 @@ def test_the_readmes_have_commands():
     commands = readme_commands()
     assert len(commands) > 70
     scripts = {word for command in commands for word in command if word.endswith(".py")}
-    assert {path.name for path in SCRIPTS} <= scripts
+    assert {str(path.relative_to(ROOT)) for path in SCRIPTS} <= scripts
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
@@ -118,8 +122,8 @@ def test_readme_commands_resolve(command, monkeypatch, tmp_path):
     if path.startswith("cleanrl/"):
         return  # a peer's command
     assert (ROOT / path).exists(), path
-    if program == "python" and "/" not in path:
-        script = importlib.import_module(path.removesuffix(".py"))
+    if program == "python" and ROOT / path in SCRIPTS:
+        script = importlib.import_module(Path(path).stem)
         if "--resume" in flags:
             assert flags[flags.index("--resume") + 1] == "runs/<run>"
             flags = [flag for flag in flags if flag not in ("--resume", "runs/<run>")]
@@ -137,7 +141,8 @@ def test_readme_commands_resolve(command, monkeypatch, tmp_path):
 
 
 def tier_cell(path):
-    """What README says that a sweep's SCALE=small and SCALE=paper take: "runs x million steps; ..."."""
+    """What README says that a sweep's SCALE=small and SCALE=paper take: "runs x million steps; ..." (of a study:
+    gradient steps)."""
     cells = []
     for scale in ("small", "paper"):
         command, environment = ["bash", ROOT / path, "--dry-run"], os.environ | {"SCALE": scale}
@@ -145,8 +150,11 @@ def tier_cell(path):
         lines = [re.sub(r"--seed \d+ ", "", line) for line in printed.splitlines() if "benchmark/" not in line]
         steps = []
         for _, script, *flags in map(shlex.split, set(lines)):
-            module = importlib.import_module(script.removesuffix(".py"))
+            module = importlib.import_module(Path(script).stem)
             args = tyro.cli(module.Args, args=flags)
+            if ROOT / script in STUDIES:  # in gradient steps
+                steps.append(args.epochs * -(-args.num_images // args.batch_size) / 1e6)
+                continue
             task = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
             table = getattr(module, "TASKS", {})
             defaults = table.get(task, table.get(task.split("_")[0]))
