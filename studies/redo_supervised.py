@@ -228,10 +228,11 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite.
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
-    return mean / mean.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    average = mean.mean()
+    return torch.where(average.isfinite(), mean / average.clamp_min(torch.finfo(torch.float32).tiny), math.nan)
 
 
 @torch.no_grad()
