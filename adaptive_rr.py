@@ -1134,7 +1134,8 @@ def train(args: Args) -> Path:
         run_dir = Path(args.resume)
         lock = lock_folder(run_dir, args)
         with restoring(run_dir, lock):
-            start = load_checkpoint(run_dir, args)
+            saved = load_checkpoint(run_dir, args)
+            start = {name: saved[name] for name in start} | saved
             agent.load_state_dict(start["agent"])
             for optimizer, saved in zip(optimizers, start["optimizers"]):
                 optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -576,7 +576,8 @@ def dormant_ratio(actor, features, threshold: float, strict: bool = True) -> tup
 
     All linear layers count: the trunk's before its layer norm, the two hidden ones after their ReLU, the last one
     before its tanh. A unit is dormant when its mean |output| is less than threshold times its layer's mean (strict), or
-    at most that. features (batch, feature_size) -> share of dormant units, 0-d, and {layer: share of its own units}.
+    at most that. features (batch, feature_size) -> share of dormant units, 0-d, and {layer: share of its own units}; NaN when an
+    output is not finite.
     """
     linear = actor.trunk[0](features)
     x = actor.trunk[1:](linear).float()
@@ -586,7 +587,8 @@ def dormant_ratio(actor, features, threshold: float, strict: bool = True) -> tup
     for name, output in dict(trunk=linear, hidden1=hidden[0], hidden2=hidden[1], head=mean).items():
         size = output.abs().mean(0, dtype=torch.float32)
         limit = threshold * size.mean()
-        dormant[name] = (size < limit if strict else size <= limit).float()
+        units = (size < limit if strict else size <= limit).float()
+        dormant[name] = torch.where(size.isfinite().all(), units, math.nan)
     return torch.cat(list(dormant.values())).mean(), {name: units.mean() for name, units in dormant.items()}
 
 
@@ -1255,7 +1257,8 @@ def train(args: Args) -> Path:
         run_dir = Path(args.resume)
         lock = lock_folder(run_dir, args)
         with restoring(run_dir, lock):
-            start = load_checkpoint(run_dir, args)
+            saved = load_checkpoint(run_dir, args)
+            start = {name: saved[name] for name in start} | saved
             agent.load_state_dict(start["agent"])  # with the dormant ratio and the step of awakening
             for optimizer, saved in zip(optimizers, start["optimizers"]):
                 optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1286,7 +1286,8 @@ def train(args: Args) -> Path:
         run_dir = Path(args.resume)
         lock = lock_folder(run_dir, args)
         with restoring(run_dir, lock):
-            start = load_checkpoint(run_dir, args)
+            saved = load_checkpoint(run_dir, args)
+            start = {name: saved[name] for name in start} | saved
             for name in args.injection if start["injected"] else ():
                 inject_plasticity(agent, optimizers, name, None, rng["intervention"])
             agent.load_state_dict(start["agent"])

@@ -1078,7 +1078,8 @@ def train(args: Args) -> Path:
         run_dir = Path(args.resume)
         lock = lock_folder(run_dir, args)
         with restoring(run_dir, lock):
-            start = load_checkpoint(run_dir, args)
+            saved = load_checkpoint(run_dir, args)
+            start = {name: saved[name] for name in start} | saved
             agent.load_state_dict(start["agent"])
             optimizer.load_state_dict(
                 {"state": start["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]}
