@@ -627,6 +627,14 @@ def test_each_gradient_of_the_loss_alone():
         assert torch.equal(alone, both[i])
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward", "symmetric"])
+def test_the_loss_never_looks_at_a_value(direction):
+    """Tensors without values: an .item() or a branch on one would fail, and so would a CUDA graph's capture."""
+    phi, psi = (torch.randn(8, 4, device="meta", requires_grad=True) for _ in range(2))
+    contrastive_loss(phi, psi, 0.1, direction)[0].backward()
+    assert phi.grad.shape == psi.grad.shape == (8, 4)
+
+
 def test_update_takes_exactly_the_three_gradients():
     """After an update every .grad is its own loss's gradient at the old weights: the actor's loss gives the encoders
     none, the critic gives the actor none, and the actor used the temperature from before."""

@@ -214,9 +214,9 @@ def test_speed_flags_change_bits_but_not_results(flag, tolerance):
 
 def test_torch_settings_reach_the_run():
     run(*POINT, "--torch-deterministic", "--tf32")
-    assert torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "high"
+    assert torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.matmul.fp32_precision == "tf32"
     run(*POINT)
-    assert not torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "highest"
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize(
