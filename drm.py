@@ -576,8 +576,8 @@ def dormant_ratio(actor, features, threshold: float, strict: bool = True) -> tup
 
     All linear layers count: the trunk's before its layer norm, the two hidden ones after their ReLU, the last one
     before its tanh. A unit is dormant when its mean |output| is less than threshold times its layer's mean (strict), or
-    at most that. features (batch, feature_size) -> share of dormant units, 0-d, and {layer: share of its own units}; NaN when an
-    output is not finite.
+    at most that. features (batch, feature_size) -> share of dormant units, 0-d, and {layer: share of its own units};
+    NaN when an output is not finite.
     """
     linear = actor.trunk[0](features)
     x = actor.trunk[1:](linear).float()

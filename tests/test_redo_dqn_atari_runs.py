@@ -246,7 +246,8 @@ def test_fire_is_pressed_after_a_lost_life():
     "--init torch", "--loss mse", "--n-step 3", "--gamma 0.9", "--learning-rate 1e-3", "--adam-eps 1e-8",
     "--weight-decay 0.1", "--target-network-frequency 20", "--start-e 0.5", "--end-e 0.5", "--exploration-steps 50",
     "--exploration-starts 0", "--sticky-actions 0", "--noop-max 30", "--batch-size 16", "--redo-tau 0.5",
-    "--redo-batch-size 32", "--redo-adam none", "--redo-compat-flatten", "--method dqn", "--protocol cleanrl",
+    "--redo-batch-size 32", "--redo-adam none", "--redo-compat-flatten", "--method dqn --redo-batch-size 64",
+    "--protocol cleanrl",
 ])  # fmt: skip
 def test_every_switch_changes_the_run(flag, monkeypatch):
     if not any(word in flag for word in ("sticky", "noop", "protocol")):
