@@ -94,6 +94,8 @@ def main() -> None:
         "official": official_step, "ours, float32": prepared(), "DrQ-v2, float32": plain(),
         "ours, bfloat16": prepared(amp=True), "DrQ-v2, bfloat16": plain(amp=True),
     }  # fmt: skip
+    if options.no_bfloat16:
+        variants = {name: step for name, step in variants.items() if "bfloat16" not in name}
     if device == "cuda":
         variants["ours, float32, captured"] = prepared(True, cudagraphs=True)
         variants["ours, bfloat16, captured"] = prepared(True, cudagraphs=True, amp=True)
