@@ -11,33 +11,34 @@
 (Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902).
 
 Is it the changing targets of deep RL that silence neurons? Supervised learning can tell, since there the images stay
-while the targets change: 10,000 labelled images are learned for 100 epochs, and every 20 epochs all labels are permuted
-among the images. From then on they are noise, which can only be learned by heart.                          -> `train`
+while the targets change: 10,000 labelled images are learned for 100 epochs, and every 20 the labels are shuffled.
 Score of neuron i of a layer with H neurons, on a batch D of images (Eq. 1):                          -> `dormant_score`
     s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; a feature map is one neuron
 A neuron is tau-dormant if s_i <= tau (Definition 3.1). The figure shows the share of dormant neurons in all hidden
-layers at tau = 0, the mean of 3 seeds: with fixed labels it falls from 9% to 0.7%; after the four permutations it jumps
-to 29, 41, 39 and 44%, falls a little after each, and ends at 32%.
+layers at tau = 0, the mean of 3 seeds: with fixed labels it falls from 9% to 0.7%; each time the labels are shuffled it
+jumps, to 29, 41, 39 and 44%, falls a little after that, and ends at 32%.                                     -> `train`
 ReDo (Algorithm 1), every 40 gradient steps (it is not in this figure):                                     -> `recycle`
     of every tau-dormant neuron: re-draw the incoming weights from the initial distribution, zero the outgoing ones
 
-    SCALE=paper bash benchmark/redo_supervised_fig3.sh              the figure: 5 seeds of fixed, permuted, ReDo
-    python studies/redo_supervised.py                               permuted labels; --targets fixed: fixed ones
-    python studies/redo_supervised.py --redo --redo-tau 0.025       permuted labels, with ReDo
+    SCALE=paper bash benchmark/redo_supervised_fig3.sh              the figure, with ReDo: see benchmark/README.md
+    python studies/redo_supervised.py                               labels permuted among the images
+    python studies/redo_supervised.py --targets relabelled --redo   labels permuted among the classes, with ReDo
 
-What is the paper's: CIFAR-10, 10,000 images, 100 epochs, a permutation every 20, 3 convolutions and 1 dense layer, SGD,
-cross-entropy. It has no public code for this figure; the rest is ours, where we could not recover its choice:
- 1. The network: 3 x 3 convolutions with 32, 64 and 64 channels and a dense layer of 128 units, at learning rate 0.01,
+What is the paper's: CIFAR-10, 10,000 images, 100 epochs, a change every 20, 3 convolutions and 1 dense layer, SGD,
+cross-entropy. There is no public code for this figure; what we could not recover is our choice:
+ 1. How labels are shuffled: among the images, so that from then on they are noise that can only be learned by heart, or
+    among the classes (--targets relabelled), so that they can be learned as well as before.
+ 2. The network: 3 x 3 convolutions with 32, 64 and 64 channels and a dense layer of 128 units, at learning rate 0.01,
     momentum 0.9 and batches of 256. Each convolution halves height and width, by its stride or by pooling afterwards
-    (--downsampling). Initial weights (--init) and the images' scale (--normalise): see benchmark/README.md.
- 2. The images: the first 10,000 training images of CIFAR-10, or of any other set of 10 classes (--data). Without --data
+    (--downsampling). What initial weights, the images' scale and the batch size change: see benchmark/README.md.
+ 3. The images: the first 10,000 training images of CIFAR-10, or of any other set of 10 classes (--data). Without --data
     it is Fashion-MNIST, if Debian's package dataset-fashion-mnist is installed, or else 10 blurred patterns.
- 3. Scores are taken over the same 1000 images in every epoch, before the first and after each one.
- 4. ReDo's period is one epoch; it acts after the look at the scores, which so sees what an epoch of learning has left.
+ 4. Scores are taken over the same 1000 images in every epoch, before the first and after each one.
+ 5. ReDo's period is one epoch; it acts after the look at the scores, which so sees what an epoch of learning has left.
     Its tau and batch are those of the paper's Atari experiments. The optimizer forgets the momentum of every weight
     that ReDo changes.
- 5. Regression (--task regression) is ours altogether: every class has 10 random numbers as its target, and the loss is
-    the mean squared error. It shows whether the loss matters.
+ 6. Regression (--task regression) is ours altogether: our notes of the paper define none. Every class has 10 random
+    numbers as its target, and the loss is the mean squared error. It shows whether the loss matters.
 """
 
 import gzip
@@ -74,7 +75,7 @@ class Args:
     # data
     data: str = "auto"  # CIFAR-10's cifar-10-python.tar.gz, a folder with MNIST-like *-ubyte.gz, synthetic, or auto
     num_images: Annotated[int, (1, 60_000)] = 10_000  # the first images of the training set
-    task: Literal["classification", "regression"] = "classification"  # regression: see choice 5 above, it is ours
+    task: Literal["classification", "regression"] = "classification"  # regression is ours: see choice 6 above
     targets: Literal["fixed", "shuffled", "relabelled"] = "shuffled"  # labels permuted among images, or among classes
     shuffle_every_epochs: Count = 20  # epochs between these changes
 
