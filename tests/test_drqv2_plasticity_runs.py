@@ -394,7 +394,7 @@ def test_a_run_learns(serial):
     """The dot finds the middle of the picture."""
     flags = [*PIXELS, "--total-timesteps", 1500, "--hidden-dim", 64, "--feature-dim", 16, "--batch-size", 32,
              "--learning-starts", 100, "--learning-rate", 1e-3, "--stddev-steps", 1000, "--eval-every", 10_000,
-             "--eval-episodes", 10]  # fmt: skip
+             "--eval-episodes", 10, "--gamma", 0.9, "--replay-ratio", 1, "--seed", 2]  # fmt: skip
     logged = scalars(run(*flags))["eval/episodic_return"]
     assert logged[1500] > logged[0] + 5, logged
 
@@ -413,7 +413,7 @@ def test_a_run_learns(serial):
     (["--injection", "critic", "critic", "--injection-step", 60], "must name each module once"),
     (["--reset-every", 120], "--reset-every 120: must lie between"),
     (["--reset-times", 2, "--reset-every", 30], "--reset-times 2: does not go with --reset-every: both say when"),
-    (["--injection", "critic", "--injection-step", 60, "--reset-times", 2], "every 60: does not go with --injection"),
+    (["--injection", "critic", "--injection-step", 60, "--reset-times", 2], "every 40: does not go with --injection"),
     (["--reset-times", -1], "--reset-times -1: must not be negative"),
     (["--reset-times", 11, "--total-timesteps", 121], "--reset-times 11: are too many for --total-timesteps 121"),
     (["--injection", "critic", "--injection-step", 60, "--l2-init", 1], "-init 1.0: does not go with --injection"),
