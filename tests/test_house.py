@@ -132,7 +132,7 @@ def test_readme_commands_resolve(command, monkeypatch, tmp_path):
     elif program == "python":
         known = (ROOT / path).read_text()
         for flag in (flag for flag in flags if flag.startswith("--")):
-            assert f'"{flag}"' in known or flag in ("--out", "--repeats"), f"{path} has no {flag}"
+            assert f'"{flag}"' in known or flag in ("--out", "--repeats", "--no-bfloat16"), f"{path} has no {flag}"
     elif path not in ("tests/run.sh", "benchmark/quickstart.sh"):
         environment = os.environ | dict(setting.split("=", 1) for setting in settings)
         command = ["bash", ROOT / path, *flags, *["--dry-run"] * ("--dry-run" not in flags)]
