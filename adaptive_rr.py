@@ -1134,8 +1134,8 @@ def train(args: Args) -> Path:
         run_dir = Path(args.resume)
         lock = lock_folder(run_dir, args)
         with restoring(run_dir, lock):
-            saved = load_checkpoint(run_dir, args)
-            start = {name: saved[name] for name in start} | saved
+            loaded = load_checkpoint(run_dir, args)
+            start = {name: loaded.pop(name) for name in start} | loaded
             agent.load_state_dict(start["agent"])
             for optimizer, saved in zip(optimizers, start["optimizers"]):
                 optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})

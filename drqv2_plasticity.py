@@ -1286,8 +1286,8 @@ def train(args: Args) -> Path:
         run_dir = Path(args.resume)
         lock = lock_folder(run_dir, args)
         with restoring(run_dir, lock):
-            saved = load_checkpoint(run_dir, args)
-            start = {name: saved[name] for name in start} | saved
+            loaded = load_checkpoint(run_dir, args)
+            start = {name: loaded.pop(name) for name in start} | loaded
             for name in args.injection if start["injected"] else ():
                 inject_plasticity(agent, optimizers, name, None, rng["intervention"])
             agent.load_state_dict(start["agent"])
