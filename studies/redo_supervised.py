@@ -37,7 +37,7 @@ cross-entropy. There is no public code for this figure; what we could not recove
  5. ReDo's period is one epoch; it acts after the look at the scores, which so sees what an epoch of learning has left.
     Its tau and batch are those of the paper's Atari experiments. The optimizer forgets the momentum of every weight
     that ReDo changes.
- 6. Regression (--task regression) is ours altogether: our notes of the paper define none. Every class has 10 random
+ 6. Regression (--task regression) is ours altogether: we know of no definition in the paper. Every class has 10 random
     numbers as its target, and the loss is the mean squared error. It shows whether the loss matters.
 """
 
