@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 3: supervised learning with fixed labels, and with labels that are shuffled every 20 epochs: either permuted among
-# the images ("shuffled") or among the classes ("relabelled"); the paper's text leaves open which. Both with ReDo, too
+# the images ("shuffled") or among the classes ("relabelled"); we do not know which the paper means. Both with ReDo, too
 # (these arms are ours).
 # Expect (paper: CIFAR-10, 3 seeds): dormant neurons at tau 0 fall from 9% to 0.7% with fixed labels; shuffled labels
 # lift them to 29, 41, 39 and 44% at epochs 20, 40, 60, 80, and they end at 32%. After trials on seeds 101 and 102
@@ -9,7 +9,7 @@
 #   shuffled: 20 to 35% after the first permutation and no further jumps: the network does not learn the permuted labels
 #   relabelled: a rise by 5 to 15 points at every change, less in between; accuracy returns to 0.8 in every phase
 #   ReDo: less than half as many as without at the end of every phase; no lower accuracy
-# SCALE=paper: 5 seeds; small: seed 1 alone; both with all 10,000 images and 100 epochs, 5 minutes a run on an idle core.
+# SCALE=paper: 5 seeds; small: seed 1 alone; both with all 10,000 images and 100 epochs, 5 minutes a run on a free core.
 source "$(dirname "$0")/common.sh"
 
 seeds=1 flags="" period="" redo="--redo"
