@@ -670,10 +670,15 @@ def train(args: Args) -> Path:
         metrics = {tag: float(total) / updates for tag, total in sums.items()}
         run.check_finite(metrics, start_step)
         metrics |= {
-            "charts/stddev": stddev_at(global_step, args), "charts/replay_ratio": updates / steps, "charts/gradient_steps": gradient_steps,
-            "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": run.walltime(),
-            "adaptive_rr/switched": switched, "adaptive_rr/reference": detector.reference,
-        }  # fmt: skip
+            "charts/stddev": stddev_at(global_step, args),
+            "charts/replay_ratio": updates / steps,
+            "charts/gradient_steps": gradient_steps,
+            "charts/frames": global_step * ACTION_REPEAT,
+            "charts/walltime": run.walltime(),
+            "adaptive_rr/switched": switched,
+        }
+        if updates:
+            metrics["adaptive_rr/reference"] = detector.reference
         if start_update > first_update:  # not the first episode that learns: it warms up and compiles
             metrics["charts/SPS"] = steps / (time.time() - start_time)
         if done:
@@ -719,7 +724,7 @@ def check_args(args: Args) -> tuple:
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
     if env.unwrapped.spec.max_episode_steps is None and not args.env_id.startswith("dm_control/"):
-        print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps")
+        print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
     return device, buffer_device, math.prod(env.action_space.shape)
 
 

@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,9 +33,9 @@ ATARI_DQN = (
 ATARI = [*ATARI_DQN, "--redo-batch-size", "8"]
 ADAPTIVE = (
     "--env-id pixel_env:Dot-v0 --image-size 24 --hidden-dim 16 --feature-dim 8 --batch-size 8 --learning-starts 30 "
-    "--exploration-steps 30 --total-timesteps 120 --stddev-steps 100 --eval-every 60 --eval-episodes 2 --log-every 20"
+    "--exploration-steps 30 --total-timesteps 120 --stddev-steps 100 --eval-every 60 --eval-episodes 2"
 ).split()
-PIXELS = [*ADAPTIVE, "--plasticity-every", "40", "--plasticity-batch-size", "8"]
+PIXELS = [*ADAPTIVE, "--log-every", "20", "--plasticity-every", "40", "--plasticity-batch-size", "8"]
 DRM = [*PIXELS, "--max-perturb-factor", "0.9", "--perturb-every", "50"]
 TINY = {  # script -> flags
     crl_deep: POINT, redo_dqn_atari: ATARI, drqv2_plasticity: PIXELS, adaptive_rr: ADAPTIVE, drm: DRM,
@@ -86,6 +88,54 @@ def run_and_replay(script, *flags):
         patch.setattr(script, ring_of(script), Kept)
         run_dir = run(script, *flags)
     return run_dir, kept[-1].state_dict()
+
+
+class SerialEnvironments:
+    """As a pixel script's Environments, in this process: a step happens only when its result is asked for."""
+
+    def __init__(self, args, num_envs, run):
+        make = partial(adaptive_rr.make_env, args.env_id, args.image_size)
+        self.envs, self.num_envs = gymnasium.vector.SyncVectorEnv([make] * num_envs), num_envs
+
+    def reset(self, seeds):
+        return self.envs.reset(seed=seeds)
+
+    def step_async(self, action):
+        self.action = action.copy()
+
+    def step_wait(self):
+        return self.envs.step(self.action)
+
+    def close(self):
+        self.envs.close()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the script's own runs after it."""
+
+
+def killed_run(script, step, *flags):
+    """The folder of a run that dies in this step, counted from its start or resume."""
+    ring = getattr(script, ring_of(script))
+    add, count = ring.add, []
+
+    def dying(self, *values):
+        count.append(sys._getframe(1).f_code.co_name != "add_first")
+        if sum(count) == step and count[-1]:
+            raise Killed
+        add(self, *values)
+
+    before = set(Path("runs").iterdir()) if Path("runs").exists() else set()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ring, "add", dying)
+        run(script, *flags)
+    for number, handler in handlers.items():  # those of the run would keep it alive, and its folder locked
+        signal.signal(number, handler)
+    if "--resume" in flags:
+        return flags[flags.index("--resume") + 1]
+    (part,) = set(Path("runs").iterdir()) - before
+    return part
 
 
 def checkpoint(run_dir):

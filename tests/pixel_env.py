@@ -37,6 +37,16 @@ class DotEnv(gymnasium.Env):
         return (255 * np.stack([near, near * (1 + x) / 2, near * (1 + y) / 2], -1)).astype(np.uint8)
 
 
+class DoubleDotEnv(DotEnv):
+    """Bounds of actions in float64, which rescaling treats to the bit as PixelEnv did."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.action_space = gymnasium.spaces.Box(np.array([-1.0, -2.0]), np.array([1.0, 2.0]), dtype=np.float64)
+
+
 gymnasium.register("Dot-v0", DotEnv)
+gymnasium.register("Dot64-v0", DoubleDotEnv)
+gymnasium.register("EndlessDot-v0", DotEnv, kwargs=dict(episode_length=10**9))
 gymnasium.register("EndingDot-v0", DotEnv, kwargs=dict(ends=True))
 gymnasium.register("SmallDot-v0", DotEnv, kwargs=dict(width=8, height=8))
