@@ -5,13 +5,13 @@
 source "$(dirname "$0")/common.sh"
 
 envs=dm_control/cartpole-balance-v0 seeds=1
-flags="--total-timesteps 8000 --image-size 48 --hidden-dim 256 --batch-size 64 --amp --eval-every 2000 --eval-episodes 4
-  --log-every 250 --rr-check-episodes 2 --rr-threshold 0.005"
+flags="--total-timesteps 8000 --image-size 48 --hidden-dim 256 --batch-size 64 --precision bfloat16 --eval-every 2000
+  --eval-episodes 4 --rr-check-episodes 2 --rr-threshold 0.005"
 [ "$SCALE" != smoke ] || ratio_tiers cartpole-balance
 [ "$SCALE" != paper ] || seeds="1 2 3"
 sweep adaptive_rr.py rr_cpu "$envs" "$seeds" $flags < <(
-  echo "static0.5 --rr-mode static"
-  echo "static2 --rr-mode static --rr-low 2"
+  echo "static0.5 --rr-high 0.5"
+  echo "static2 --rr-low 2"
   echo "adaptive"
 )
 draw benchmark/plot_adaptive_rr.py curves --runs "rr_cpu-$SCALE-*" --envs $envs --arms static0.5 static2 adaptive \

@@ -2,10 +2,9 @@
 
     python benchmark/adaptive_rr_detector.py --runs "rr-paper-static0.5" --out runs/figures/adaptive_rr_detector
 
-For every run of adaptive_rr.py whose --exp-name matches, and every interval, window and threshold, the frame where
+For every run of adaptive_rr.py whose --exp-name matches, and every interval and threshold, the frame where
 adaptive_rr.PlateauDetector would have switched. Best asked of static runs at the low replay ratio. A run that switched
-itself is replayed up to its own switch only: what comes later belongs to another replay ratio. The guards
-(--rr-min-step, --rr-required-rise) are left out.
+itself is replayed up to its own switch only: what comes later belongs to another replay ratio.
 """
 
 import argparse
@@ -18,6 +17,8 @@ from plotting import group, load_runs, panels, save
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_rr import PlateauDetector
 
+FAU = "plasticity/fau/critic"
+
 
 def own_switch(run) -> float:
     """The frame after which the run's replay ratio was logged as raised; infinite for never."""
@@ -25,23 +26,23 @@ def own_switch(run) -> float:
     return min(frames[switched > 0], default=math.inf)
 
 
-def switch_frame(run, interval: int, window: int, threshold: float) -> float:
+def switch_frame(run, interval: int, threshold: float) -> float:
     """The frame where a detector with these settings would have switched on a run's logged FAU; NaN for never."""
-    episode_ends = run.series("charts/episodic_return")[0].tolist()
-    detector, end = PlateauDetector(interval, window, threshold), own_switch(run)
-    detector.first_batch(run.series("adaptive_rr/fau_first")[1][0])
-    for frame, fau in zip(*run.series("adaptive_rr/fau_episode")):
+    detector, end = PlateauDetector(interval, threshold), own_switch(run)
+    detector.first_batch(run.series("adaptive_rr/reference")[1][0])
+    fau = dict(zip(*run.series(FAU)))  # of the episodes with gradient steps
+    for frame in run.series("charts/episodic_return")[0]:
         if frame < end:
-            detector.end_episode(episode_ends.index(frame) + 1, float(fau))
+            detector.end_episode(fau.get(frame))
             if detector.switched:
                 return float(frame)
     return math.nan
 
 
-def draw(runs, intervals, windows, thresholds, out) -> None:
-    """Two panels per task: the FAU per episode of every run; the switch over the threshold, a line per interval and
-    window, a point per run. A row of the CSV per run and setting. SystemExit where no run has a finished episode."""
-    runs = [run for run in runs if len(run.series("adaptive_rr/fau_episode")[0])]
+def draw(runs, intervals, thresholds, out) -> None:
+    """Two panels per task: the FAU per episode of every run; the switch over the threshold, a line per interval, a
+    point per run. A row of the CSV per run and setting. SystemExit where no run has a finished episode."""
+    runs = [run for run in runs if len(run.series(FAU)[0])]
     if not runs:
         raise SystemExit("error: no run is long enough for an episode's fraction of active units")
     tasks, rows = group(runs, lambda run: run.args["env_id"]), []
@@ -49,24 +50,22 @@ def draw(runs, intervals, windows, thresholds, out) -> None:
     for k, (env_id, members) in enumerate(tasks.items()):
         curves, switches = axes[2 * k], axes[2 * k + 1]
         for i, run in enumerate(members):
-            frames, faus = run.series("adaptive_rr/fau_episode")
+            frames, faus = run.series(FAU)
             label = f"{run.args['exp_name'].split('-', 2)[-1]}, seed {run.args['seed']}"
             curves.plot(frames / 1e6, faus, linewidth=1, color=f"C{i}", label=label)
             if own_switch(run) < math.inf:
                 curves.axvline(own_switch(run) / 1e6, color=f"C{i}", linestyle=":", linewidth=1)
-        for i, (interval, window) in enumerate((i, w) for i in intervals for w in windows if w <= i):
+        for i, interval in enumerate(intervals):
             points = []
             for run in members:
                 for threshold in thresholds:
-                    frame = switch_frame(run, interval, window, threshold)
+                    frame = switch_frame(run, interval, threshold)
                     points.append((threshold * 1.06 ** (i - 1), frame / 1e6))
                     rows.append(dict(env_id=env_id, exp_name=run.args["exp_name"], seed=run.args["seed"],
-                                     check_episodes=interval, window_episodes=window, threshold=threshold,
+                                     check_episodes=interval, threshold=threshold,
                                      switch_frame=frame, own_switch_frame=own_switch(run)))  # fmt: skip
             never = sum(math.isnan(frame) for _, frame in points)
-            label = f"every {interval} episodes, average of {window}" + (
-                f" ({never} of {len(points)} never)" * (never > 0)
-            )
+            label = f"every {interval} episodes" + (f" ({never} of {len(points)} never)" if never else "")
             switches.plot(*zip(*points), "o", ms=4, color=f"C{i}", label=label)
         task = env_id.removeprefix("dm_control/").removesuffix("-v0")
         curves.set(title=task, xlabel="million frames", ylabel="the critic's FAU per episode")
@@ -80,12 +79,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
     parser.add_argument("--intervals", nargs="+", type=int, default=[25, 50, 100], help="episodes between checks")
-    parser.add_argument("--windows", nargs="+", type=int, default=[1, 10], help="episodes averaged")
     parser.add_argument("--thresholds", nargs="+", type=float, default=[0.0003, 0.001, 0.003, 0.01])
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
-    draw(load_runs(a.runs, a.folder), a.intervals, a.windows, a.thresholds, a.out)
+    draw(load_runs(a.runs, a.folder), a.intervals, a.thresholds, a.out)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ source "$(dirname "$0")/common.sh"
 
 ratio_tiers "quadruped-run cheetah-run walker-run quadruped-walk hopper-hop reacher-hard"
 sweep adaptive_rr.py rr "$envs" "$seeds" $flags < <(
-  echo "static0.5 --rr-mode static"
-  echo "static2 --rr-mode static --rr-low 2"
+  echo "static0.5 --rr-high 0.5"
+  echo "static2 --rr-low 2"
   echo "adaptive"
 )
 draw benchmark/plot_adaptive_rr.py curves --runs "rr-$SCALE-*" --envs $envs --arms static0.5 static2 adaptive

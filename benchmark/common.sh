@@ -79,7 +79,7 @@ ratio_runs() { # ratio_runs "GAMES at paper scale": Figs. 7 and 16
 
 # drqv2_plasticity.py: all figures share their runs, drqv2-<scale>-<arm>, where the arms' flags are the same
 DRQ_SMOKE="--learning-starts 100 --exploration-steps 100 --image-size 36 --hidden-dim 64 --batch-size 16 --n-step 3
-  --stddev-steps 200 --eval-episodes 1 --log-every 50 --buffer-size 1000"
+  --stddev-steps 200 --eval-episodes 1 --buffer-size 1000"
 DRQ_SMALL="--total-timesteps 150000 --eval-every 15000 --eval-episodes 5"
 
 pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags and a third of the training for this SCALE
@@ -87,7 +87,8 @@ pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags an
   case $SCALE in
     smoke)
       seeds=1 tasks=cartpole-balance third=150
-      flags="$DRQ_SMOKE --total-timesteps 300 --eval-every 300 --plasticity-every 50 --plasticity-batch-size 64"
+      flags="$DRQ_SMOKE --total-timesteps 300 --eval-every 300 --log-every 50 --plasticity-every 50
+        --plasticity-batch-size 64"
       ;;
     small) seeds=1 tasks=${1%% *} flags=$DRQ_SMALL third=50000 ;;
     paper) seeds="1 2 3 4 5" flags="" third=500000 ;;
@@ -125,8 +126,8 @@ drm_tiers() { # drm_tiers "TASKS at paper scale" [TASK at small scale]: sets see
   case $SCALE in
     smoke)
       seeds=1 tasks=hopper-hop
-      flags="$DRQ_SMOKE --total-timesteps 300 --eval-every 300 --perturb-every 100 --plasticity-every 100
-        --plasticity-batch-size 64"
+      flags="$DRQ_SMOKE --total-timesteps 300 --eval-every 300 --log-every 50 --perturb-every 100
+        --plasticity-every 100 --plasticity-batch-size 64"
       ;;
     small) seeds=1 tasks=${2:-hopper-hop} flags="--total-timesteps 200000 --eval-every 10000 --eval-episodes 5" ;;
     paper) seeds="1 2 3 4" flags="" ;;

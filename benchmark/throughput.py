@@ -187,14 +187,14 @@ def measure_pixels(env_id, options) -> dict:
 # mass): module, steps per unit of --work, steps before learning, flags
 NEVER = "1000000000"
 PIXEL_RUN = f"""--env-id dm_control/quadruped-run-v0 --learning-starts 300 --exploration-steps 300 --batch-size 256
-    --buffer-size 5000 --eval-every {NEVER} --eval-episodes 1 --log-every 20 --no-checkpoint-replay"""
+    --buffer-size 5000 --eval-every {NEVER} --eval-episodes 1 --no-checkpoint-replay"""
 RUNS = {
     "crl_deep": (crl, 8, 100_000, f"--env-id point_u_maze --eval-every {NEVER} --eval-episodes 8"),
     "redo_dqn_atari": (redo, 5, 1000, f"--learning-starts 1000 --buffer-size 5000 --eval-every {NEVER} --eval-steps 1 "
                        f"--eval-envs 1 --dormant-every {NEVER} --log-every 50 --no-checkpoint-replay"),
-    "drqv2_plasticity": (drq, 1, 300, f"{PIXEL_RUN} --plasticity-every {NEVER}"),
-    "adaptive_rr": (rr, 1, 300, f"{PIXEL_RUN} --rr-mode static"),
-    "drm": (drm, 1, 300, f"{PIXEL_RUN} --plasticity-every {NEVER}"),
+    "drqv2_plasticity": (drq, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
+    "adaptive_rr": (rr, 1, 300, f"{PIXEL_RUN} --rr-high 0.5"),
+    "drm": (drm, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
 }  # fmt: skip
 
 

@@ -206,22 +206,19 @@ def test_detectors_replayed_on_logged_runs():
     write_run("rr-small-static2", 1, [0.0] * 13, env_id="dm_control/quadruped-run-v0", **options)
     fau = {30: 0.3, 40: 0.2, **{10 * episode: 0.25 for episode in range(5, 13)}}
     write_scalars(
-        "runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__fau_first={21: 0.5}, adaptive_rr__fau_episode=fau
+        "runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__reference={30: 0.5}, plasticity__fau__critic=fau
     )
-    adaptive_rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [1, 3], [0.001, 0.2], "out")
-    frames = {(row["check_episodes"], row["window_episodes"], row["threshold"]): row["switch_frame"]
-              for row in read_csv("out.csv")}  # fmt: skip
+    adaptive_rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
+    frames = {(row["check_episodes"], row["threshold"]): row["switch_frame"] for row in read_csv("out.csv")}
     # The checks after episodes 4 and 8 (steps 30 and 70) see 0.3 and 0.25, the one after episode 6 (step 50) too
-    assert frames == {
-        ("2", "1", "0.001"): "140", ("4", "1", "0.001"): "220", ("4", "3", "0.001"): "220",
-        ("2", "1", "0.2"): "60", ("4", "1", "0.2"): "60", ("4", "3", "0.2"): "60"}  # fmt: skip
+    assert frames == {("2", "0.001"): "140", ("4", "0.001"): "220", ("2", "0.2"): "60", ("4", "0.2"): "60"}
     write_scalars("runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__switched={60: 0.0, 65: 1.0, 80: 1.0})
-    adaptive_rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [1], [0.001, 0.2], "out")
+    adaptive_rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
     cut = {(row["check_episodes"], row["threshold"]): row["switch_frame"] for row in read_csv("out.csv")}
     assert cut == {("2", "0.001"): "nan", ("4", "0.001"): "nan", ("2", "0.2"): "60", ("4", "0.2"): "60"}
     write_run("rr-empty-static2", 1, [0.0])
     with pytest.raises(SystemExit, match="no run is long enough"):
-        adaptive_rr_detector.draw(plotting.load_runs("rr-empty-*"), [2], [1], [0.1], "out")
+        adaptive_rr_detector.draw(plotting.load_runs("rr-empty-*"), [2], [0.1], "out")
 
 
 def test_behaviour_shows_the_films_of_the_chosen_steps(monkeypatch):
