@@ -10,6 +10,7 @@ import time
 import unittest.mock
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -100,6 +101,31 @@ def test_missing_cuda(script, flags, flag, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(script, flag, "cuda")
     assert stopped.value.code == 2 and f"{flag} cuda: torch sees no such device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@new_scripts
+def test_twenty_kills_leave_the_same_bits(script):
+    flags = [*TINY[script], "--total-timesteps", "2000", "--checkpoint-every", "40"]
+    whole, rng = run(script, *flags), np.random.default_rng(1)
+    shutil.move(whole, "whole")
+    command = [sys.executable, script.__file__, *flags]
+    for _ in range(20):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        known = len(list(Path("runs").glob("*/events*")))
+        wait_for(lambda known=known: len(list(Path("runs").glob("*/events*"))) > known, process)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+        (part,) = Path("runs").iterdir()
+        assert not (part / "summary.json").exists(), "it should have run longer"
+        if (part / "checkpoint.pt").exists():
+            command = [sys.executable, script.__file__, "--resume", str(part)]
+        else:
+            shutil.rmtree(part)
+    subprocess.run(command, check=True, capture_output=True)
+    assert_same(checkpoint(Path("whole")), checkpoint(part))
+    assert scalars("whole") == scalars(part)
 
 
 @every_script
@@ -304,6 +330,18 @@ def test_the_fourth_death_of_an_environment_saves_and_ends(script, monkeypatch, 
     assert checkpoint(run_dir)["global_step"] == 43
     run(script, "--resume", run_dir)
     assert set(scalars(run_dir)["charts/episodic_return"]) == {20, 63, 83, 103}
+
+
+def test_environments_that_do_not_start_end_the_run_with_their_error(monkeypatch, capsys):
+    def fail(*values, **options):
+        raise RuntimeError("no renderer")
+
+    monkeypatch.setattr(gymnasium.vector, "AsyncVectorEnv", fail)
+    with pytest.raises(SystemExit) as stopped:
+        run(rr, *TINY[rr])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 1 and printed.count("process died (RuntimeError: no renderer)") == 4
+    assert "died for the fourth time; saved" in printed and "Traceback" not in printed
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
