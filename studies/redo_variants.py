@@ -403,10 +403,7 @@ def dormant_share(score: torch.Tensor, tau: float) -> torch.Tensor:
 
 @torch.no_grad()
 def dormant_ratios(network, x) -> dict:
-    """The shares of tau-dormant neurons (Definition 3.1) on inputs x, by layer and over all hidden layers -> metrics.
-
-    network(x) -> outputs, {layer: activation after its non-linearity}.
-    """
+    """The shares of tau-dormant neurons (Definition 3.1) on inputs x, by layer and over all of them -> metrics."""
     _, activations = network(x)
     scores = {name: dormant_score(h) for name, h in activations.items()}
     scores["all"] = torch.cat(list(scores.values()))
