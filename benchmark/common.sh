@@ -35,17 +35,19 @@ depth_tiers() { # crl_deep.py's studies over depth, Figs. 5, 6 and 16: sets seed
   esac
 }
 
-# redo_dqn_atari.py: the paper's 17 games, the five of its appendix (which five is our guess), and tiny runs
+# redo_dqn_atari.py: the paper's 17 games, the five of its appendix (which five is our guess), and tiny runs, with
+# ATARI_SMOKE of studies/redo_variants.py, too
 GAMES17=$(printf "ALE/%s-v5 " Asterix BeamRider Breakout DemonAttack DoubleDunk Enduro IceHockey Jamesbond MsPacman Pong \
   Qbert RoadRunner Seaquest SpaceInvaders WizardOfWor YarsRevenge Zaxxon)
 GAMES5=$(printf "ALE/%s-v5 " Asterix Breakout DemonAttack Seaquest SpaceInvaders)
 ATARI_SMOKE="--total-timesteps 600 --learning-starts 100 --exploration-steps 200 --max-episode-steps 100 --width 0.25
-  --eval-every 200 --eval-steps 100 --eval-envs 2 --dormant-every 100 --dormant-batch-size 32 --rank-batch-size 64
-  --log-every 50 --redo-period-gradient-steps 50 --reset-period-gradient-steps 150"
+  --eval-every 200 --eval-steps 100 --eval-envs 2 --dormant-every 100 --dormant-batch-size 32 --log-every 50
+  --redo-period-gradient-steps 50"
+ATARI_SMOKE_ALL="$ATARI_SMOKE --rank-batch-size 64 --reset-period-gradient-steps 150"
 
 atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets seeds, envs and flags for this SCALE
   case $SCALE in
-    smoke) seeds=1 envs=ALE/DemonAttack-v5 flags=$ATARI_SMOKE ;;
+    smoke) seeds=1 envs=ALE/DemonAttack-v5 flags=$ATARI_SMOKE_ALL ;;
     small) seeds=1 envs=ALE/DemonAttack-v5 flags="--total-timesteps 1000000 --eval-every 100000 --eval-steps 50000" ;;
     paper) seeds="1 2 3 4 5" envs=$1 flags="--total-timesteps $2" ;;
   esac

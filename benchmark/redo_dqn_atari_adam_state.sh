@@ -4,8 +4,9 @@
 source "$(dirname "$0")/common.sh"
 
 atari_tiers ALE/DemonAttack-v5 2500000
+[ "$SCALE" != smoke ] || flags=$ATARI_SMOKE
 flags="$flags --replay-ratio 1"
-sweep redo_dqn_atari.py redo_adam "$envs" "$seeds" $flags < <(
+sweep studies/redo_variants.py redo_adam "$envs" "$seeds" $flags < <(
   echo "dqn --method dqn"
   echo "step-reset-only --method adam-step-reset"
   for adam in none moments moments+tensor-step per-element; do echo "redo-${adam//+/-} --redo-adam $adam"; done

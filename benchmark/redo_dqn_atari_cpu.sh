@@ -5,9 +5,10 @@
 source "$(dirname "$0")/common.sh"
 
 envs="ALE/DemonAttack-v5 ALE/RoadRunner-v5" seeds=1
-flags="--total-timesteps 100000 --learning-starts 5000 --exploration-steps 45000 --padding valid --amp
-  --eval-every 20000 --eval-steps 10000 --eval-envs 4 --dormant-every 5000 --checkpoint-every 20000"
-[ "$SCALE" != smoke ] || flags=$ATARI_SMOKE envs=ALE/DemonAttack-v5
+flags="--total-timesteps 100000 --learning-starts 5000 --exploration-steps 45000 --padding valid
+  --precision bfloat16 --eval-every 20000 --eval-steps 10000 --eval-envs 4 --dormant-every 5000
+  --checkpoint-every 20000"
+[ "$SCALE" != smoke ] || flags=$ATARI_SMOKE_ALL envs=ALE/DemonAttack-v5
 [ "$SCALE" != paper ] || seeds="1 2 3"
 sweep redo_dqn_atari.py redo_cpu "$envs" "$seeds" $flags --replay-ratio 1 < <(
   echo "dqn --method dqn"

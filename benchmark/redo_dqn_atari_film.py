@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from moviepy import ImageSequenceClip
 
@@ -22,15 +21,19 @@ def film(run_dir: Path, max_steps: int = 4500) -> Path:
     """
     saved = json.loads((run_dir / "args.json").read_text())["args"]
     args, cpu = redo.Args(**saved), torch.device("cpu")
-    grey = redo.make_games(args, 1)
-    colour = redo.make_games(args, 1, grayscale=False, img_height=210, img_width=160, stack_num=1)
-    agent = redo.DQNAgent(int(grey.single_action_space.n), args)
+    grey = redo.make_envs(args, 1)
+    colour = redo.make_envs(args, 1, grayscale=False, img_height=210, img_width=160, stack_num=1)
+    num_actions = int(grey.single_action_space.n)
+    agent = redo.DQNAgent(num_actions, args)
     agent.load_state_dict(torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["agent"])
-    rng, frames, done = np.random.default_rng((args.seed, 3)), [], False
-    obs, picture = (redo.start_episode(games, args, 0)[0] for games in (grey, colour))
+    first_episode = redo.episode_seed(args.seed, 0, 0)
+    obs, _ = redo.reset_envs(grey, args, torch.Generator().manual_seed(first_episode))
+    picture, _ = redo.reset_envs(colour, args, torch.Generator().manual_seed(first_episode))
+    rng = torch.Generator().manual_seed(redo.episode_seed(args.seed, 3))
+    frames, done = [], False
     while not done and len(frames) < max_steps:
         frames.append(picture[0, 0].repeat(2, axis=0).repeat(2, axis=1))
-        action = redo.choose_action(agent.q_network, obs, args.eval_epsilon, rng, grey.single_action_space.n, cpu)
+        action = redo.act(agent.q_network, obs, args.eval_epsilon, num_actions, rng, cpu)
         picture = colour.step(action)[0]
         obs, _, terminated, truncated, _ = grey.step(action)
         done = bool(terminated[0] | truncated[0])

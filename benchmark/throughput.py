@@ -41,6 +41,15 @@ VARIANTS = {
 }
 
 
+def options_of(variant, module) -> dict:
+    """The variant as arguments of this script: one with --precision has no --amp."""
+    options = dict(VARIANTS[variant])
+    if "amp" in options and hasattr(module.Args, "precision"):
+        del options["amp"]
+        options["precision"] = "bfloat16"
+    return options
+
+
 def timed(work, repeats: int, device: str) -> list:
     """Seconds of each of `repeats` calls of work(), after one call that is not counted."""
     seconds = []
@@ -98,29 +107,28 @@ def update_row(what, variant, seconds, steps, device) -> dict:
 NETWORKS = {"Nature, SAME": {}, "Nature, VALID": dict(padding="valid"), "ResNet": dict(network="resnet")}
 
 
-def measure_td_update(network, variant, options) -> dict:
-    """redo_dqn_atari.td_update at the paper's batch of 32, sampling included."""
+def measure_dqn_update(network, variant, options) -> dict:
+    """redo_dqn_atari.update at the paper's batch of 32, sampling included."""
     device = torch.device(options.device)
-    args = redo.resolve_args(redo.Args(device=options.device, **NETWORKS[network], **VARIANTS[variant]))
-    layout = torch.channels_last if args.amp or device.type == "cpu" else torch.contiguous_format
-    agent = redo.DQNAgent(6, args).to(device, memory_format=layout)
+    args = redo.Args(device=options.device, **NETWORKS[network], **options_of(variant, redo))
+    redo.set_precision(args.precision, device)
+    agent = redo.DQNAgent(6, args).to(device, memory_format=torch.channels_last)
+    optimizer = redo.make_optimizer(agent, args, device)
+    learn = partial(redo.update, agent, optimizer, args)
+    if args.cudagraphs:
+        learn = redo.capture(learn, [optimizer])
     if args.compile:
-        agent.q_network.compile(dynamic=False)
-        agent.target_network.compile(dynamic=False)
-    optimizers = [redo.make_optimizer(agent, args, device)]
+        redo.compile_modules(agent.q_network, agent.target_network)
     replay, generator = redo.FrameReplay(5000, device), torch.Generator().manual_seed(0)
     replay.add_first(np.zeros((84, 84), np.uint8))
     rng = np.random.default_rng(0)
     for _ in range(4000):
         replay.add(int(rng.integers(6)), 1.0, False, rng.integers(256, size=(84, 84), dtype=np.uint8))
     steps = max(10, options.work // 4)
-    batch = replay.sample(args.batch_size, generator)
-    captured = redo.capture_update(redo.td_update, agent, optimizers, batch, args) if args.cudagraphs else None
 
     def work():
         for _ in range(steps):
-            batch = replay.sample(args.batch_size, generator)
-            captured(batch) if captured else redo.td_update(agent, optimizers, batch, args)
+            learn(redo.sample_batch(replay, args, generator, device))
 
     what = f"redo_dqn_atari, {network}"
     return update_row(what, variant, timed(work, options.repeats, options.device), steps, options.device)
@@ -190,10 +198,10 @@ PIXEL_RUN = f"""--env-id dm_control/quadruped-run-v0 --learning-starts 300 --exp
     --buffer-size 5000 --eval-every {NEVER} --eval-episodes 1 --no-checkpoint-replay"""
 RUNS = {
     "crl_deep": (crl, 8, 100_000, f"--env-id point_u_maze --eval-every {NEVER} --eval-episodes 8"),
-    "redo_dqn_atari": (redo, 5, 1000, f"--learning-starts 1000 --buffer-size 5000 --eval-every {NEVER} --eval-steps 1 "
-                       f"--eval-envs 1 --dormant-every {NEVER} --log-every 50 --no-checkpoint-replay"),
+    "redo_dqn_atari": (redo, 5, 1000, f"--learning-starts 1000 --buffer-size 5000 --max-episode-steps 200 --eval-every "
+                       f"{NEVER} --eval-steps 1 --eval-envs 1 --dormant-every {NEVER} --no-checkpoint-replay"),
     "drqv2_plasticity": (drq, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
-    "adaptive_rr": (rr, 1, 300, f"{PIXEL_RUN} --rr-high 0.5"),
+    "adaptive_rr": (rr, 25, 300, f"{PIXEL_RUN} --rr-high 0.5"),  # it logs once per episode, 500 steps
     "drm": (drm, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
 }  # fmt: skip
 
@@ -203,7 +211,8 @@ def measure_run(script, variant, options) -> dict:
     excluded."""
     module, scale, start, flags = RUNS[script]
     flags += f" --total-timesteps {start + scale * max(60, options.work)} --device {options.device}"
-    flags += "".join(f" --{name}" for name in VARIANTS[variant])
+    for name, value in options_of(variant, module).items():
+        flags += f" --{name}" if value is True else f" --{name} {value}"
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         module.train(module.parse_args(flags.split()))
@@ -214,8 +223,7 @@ def measure_run(script, variant, options) -> dict:
 
 def measure_game(env_id, num_envs, options) -> dict:
     """Random actions in Atari games, resets included."""
-    args = redo.resolve_args(redo.Args(env_id=env_id))
-    games = redo.make_games(args, num_envs)
+    games = redo.make_envs(redo.Args(env_id=env_id), num_envs)
     games.reset(seed=1)
     rng = np.random.default_rng(0)
     steps = max(100, 4000 // num_envs)
@@ -285,7 +293,7 @@ def main() -> None:
         jobs["updates"] += [(measure_update, depth, variant) for depth in options.depths for variant in variants]
         jobs["environments"] += [(measure_environment, e, n) for e in options.environments for n in options.num_envs]
     if "redo_dqn_atari" in scripts:
-        jobs["updates"] += [(measure_td_update, network, variant) for network in NETWORKS for variant in variants]
+        jobs["updates"] += [(measure_dqn_update, network, variant) for network in NETWORKS for variant in variants]
         jobs["environments"] += [(measure_game, env_id, n) for env_id in options.games for n in (1, 8)]
     for script in [
         script for script in ("drqv2_plasticity", "drm") if script in scripts

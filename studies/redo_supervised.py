@@ -35,8 +35,8 @@ cross-entropy. There is no public code for this figure; what we could not recove
     it is Fashion-MNIST, if Debian's package dataset-fashion-mnist is installed, or else 10 blurred patterns.
  4. Scores are taken over the same 1000 images in every epoch, before the first and after each one.
  5. ReDo's period is one epoch; it acts after the look at the scores, which so sees what an epoch of learning has left.
-    Its tau and batch are those of the paper's Atari experiments. The optimizer forgets the momentum of every weight
-    that ReDo changes.
+    Its tau and batch are those of the paper's Atari experiments. The optimizer forgets the momentum of the weights
+    that ReDo changes, but, as in the official code, not that of the biases.
  6. Regression (--task regression) is ours altogether: we know of no definition in the paper. Every class has 10 random
     numbers as its target, and the loss is the mean squared error. It shows whether the loss matters.
 """
@@ -47,7 +47,7 @@ import json
 import math
 import os
 import pickle
-import platform
+import shutil
 import sys
 import tarfile
 import time
@@ -85,7 +85,7 @@ class Args:
     learning_rate: NonNegative = 0.01  # SGD's
     momentum: Annotated[float, (0, 1)] = 0.9  # SGD's
     downsampling: Literal["stride", "pool"] = "stride"  # of the convolutions: by a stride of 2, or 2 x 2 max-pooling
-    init: Literal["xavier", "lecun", "torch"] = "torch"  # initial weights: see draw_weights
+    init: Literal["xavier", "lecun", "torch"] = "torch"  # initial weights: see initial_weight
     normalise: bool = False  # pixels with mean 0 and variance 1 in each channel; without: between 0 and 1
 
     # dormant neurons
@@ -166,18 +166,20 @@ def load_data(data: str, num_images: int) -> tuple:
 
 
 def episode_seed(*numbers: int) -> int:
-    """A seed that the numbers determine: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
-    numbers), and which one of these. Below 2**32: torch's generators on a CPU ignore all higher bits."""
+    """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
+    numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 # === Network ==========================================================================================================
-def draw_weights(weight: torch.Tensor, kind: str, generator: torch.Generator) -> None:
-    """Fills a layer's weights from their initial distribution, in place.
+def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """A new weight for a layer, on the CPU, from the distribution that its attribute `init` names (PyTorch's, without).
 
     xavier: uniform within sqrt(6 / (fan_in + fan_out)); lecun: normal, cut off at 2 standard deviations, of variance
     1 / fan_in; torch: uniform within 1 / sqrt(fan_in), PyTorch's default.
     """
+    weight = torch.empty(layer.weight.shape)
+    kind = getattr(layer, "init", "torch")
     if kind == "xavier":
         nn.init.xavier_uniform_(weight, generator=generator)
     elif kind == "torch":
@@ -185,6 +187,7 @@ def draw_weights(weight: torch.Tensor, kind: str, generator: torch.Generator) ->
     else:
         std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # that of the normal before it is cut off
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    return weight
 
 
 class ConvNet(nn.Module):
@@ -206,7 +209,8 @@ class ConvNet(nn.Module):
         self.layers["dense"] = nn.Linear(channels * height * width, 128)
         self.layers["head"] = nn.Linear(128, CLASSES)
         for layer in self.layers.values():
-            draw_weights(layer.weight.data, init, generator)
+            layer.init = init
+            layer.weight.data.copy_(initial_weight(layer, generator))
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
@@ -218,8 +222,8 @@ class ConvNet(nn.Module):
         activations["dense"] = F.relu(self.layers["dense"](x.flatten(1)))
         return self.layers["head"](activations["dense"]), activations
 
-    def readers(self) -> list:
-        """[(hidden layer, [the layers that read it])], in the order of the activations; what `recycle` wants."""
+    def recyclable(self) -> list:
+        """[(layer, [the layers that read it])], in the order of the activations, as `recycle` wants them."""
         layers = list(self.layers.values())
         return [(layer, [reader]) for layer, reader in zip(layers[:-1], layers[1:])]
 
@@ -236,17 +240,21 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     return torch.where(average.isfinite(), mean / average.clamp_min(torch.finfo(torch.float32).tiny), math.nan)
 
 
+def dormant_share(score: torch.Tensor, tau: float) -> torch.Tensor:
+    """The share of neurons with a score of at most tau, 0-d; NaN when a score is."""
+    return torch.where(score.isfinite().all(), (score <= tau).float().mean(), math.nan)
+
+
 @torch.no_grad()
-def dormant_ratios(network, images) -> dict:
-    """Shares of tau-dormant neurons on the images, per layer and of all hidden neurons (Definition 3.1) -> metrics; NaN
-    where a score is."""
-    scores = {name: dormant_score(h) for name, h in network(images)[1].items()}
+def dormant_ratios(network, x) -> dict:
+    """The shares of tau-dormant neurons (Definition 3.1) on inputs x, by layer and over all of them -> metrics."""
+    _, activations = network(x)
+    scores = {name: dormant_score(h) for name, h in activations.items()}
     scores["all"] = torch.cat(list(scores.values()))
     metrics = {}
-    for tau in TAUS:
-        for name, score in scores.items():
-            dormant = torch.where(score.isnan(), score, (score <= tau).float())
-            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = dormant.mean()
+    for name, score in scores.items():
+        for tau in TAUS:
+            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
     return metrics
 
 
@@ -259,24 +267,22 @@ def forget(optimizer, parameter, mask) -> None:
 
 
 @torch.no_grad()
-def recycle(layers, activations, optimizer, tau, generator, init="torch") -> list:
+def recycle(layers, activations, optimizer, tau, generator) -> list:
     """ReDo (Algorithm 1) for any network, in place -> each layer's recycled neurons, (neurons,) bool.
 
     layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
-    non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). init: the layers' initial
-    distribution, see draw_weights. All incoming weights are drawn before outgoing ones become 0, so a weight between
-    two recycled neurons ends as 0. The optimizer (SGD, Adam, ...) forgets its averages of all of them.
+    non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are
+    drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
+    forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
     """
     masks = [dormant_score(activation) <= tau for activation in activations]
     for (layer, _), mask in zip(layers, masks):
-        fresh = torch.empty(layer.weight.shape)
-        draw_weights(fresh, init, generator)
+        fresh = initial_weight(layer, generator).to(layer.weight)
         rows = mask.view(-1, *[1] * (fresh.dim() - 1))
-        layer.weight.copy_(torch.where(rows, fresh.to(layer.weight), layer.weight))
+        layer.weight.copy_(torch.where(rows, fresh, layer.weight))
         forget(optimizer, layer.weight, rows)
         if layer.bias is not None:
             layer.bias.masked_fill_(mask, 0)
-            forget(optimizer, layer.bias, mask)
     for (_, readers), mask in zip(layers, masks):
         for reader in readers:
             positions = reader.weight.shape[1] // len(mask)  # a dense layer reads height x width columns of a map
@@ -328,8 +334,7 @@ def train(args: Args) -> Path:
 
     run_dir, writer = start_run(args, name)
     start_time, gradient_steps = time.time(), 0
-    metrics = dormant_ratios(network, looked_at)
-    log(writer, 0, metrics)
+    log(writer, 0, dormant_ratios(network, looked_at))
     for epoch in range(args.epochs):
         if args.targets != "fixed" and epoch and epoch % args.shuffle_every_epochs == 0:
             if args.targets == "shuffled":
@@ -343,8 +348,8 @@ def train(args: Args) -> Path:
         for index in torch.randperm(args.num_images, generator=rng["batch"]).split(args.batch_size):
             if args.redo and gradient_steps and gradient_steps % args.redo_period_gradient_steps == 0:
                 probe = torch.randperm(args.num_images, generator=rng["redo"])[: args.redo_batch_size]
-                activations = network(images[probe])[1].values()
-                masks = recycle(network.readers(), activations, optimizer, args.redo_tau, rng["redo"], args.init)
+                _, activations = network(images[probe])
+                masks = recycle(network.recyclable(), activations.values(), optimizer, args.redo_tau, rng["redo"])
                 recycled += sum(int(mask.sum()) for mask in masks)
             loss, right = update(network, optimizer, images[index], targets[index], args.task)
             loss_sum, right_sum = loss_sum + loss * len(index), right_sum + right
@@ -369,10 +374,11 @@ def train(args: Args) -> Path:
     return run_dir
 
 
-# === Housekeeping: arguments, files; nothing here is about the algorithm ==============================================
+# === Housekeeping: arguments, files ===================================================================================
 def refuse(flag: str, value: object, limit: str) -> None:
-    """Ends the program for a user's mistake: one line on stderr, exit code 2."""
-    print(f"{SCRIPT}.py: error: --{flag.replace('_', '-')} {value}: {limit}", file=sys.stderr)
+    """Ends the program because of a user's mistake: one line on stderr, exit code 2."""
+    line = f"{SCRIPT}.py: error: --{flag.replace('_', '-')} {value}: {limit}"
+    print(" ".join(line.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -409,7 +415,7 @@ def check_args(args: Args) -> tuple:
 
 
 def start_run(args: Args, data: str) -> tuple:
-    """Creates the run's folder with args.json -> the folder, its TensorBoard writer."""
+    """Creates the run's folder, with this script and args.json -> the folder, its TensorBoard writer."""
     from torch.utils.tensorboard import SummaryWriter
 
     run_dir = Path("runs") / f"{SCRIPT}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
@@ -417,8 +423,8 @@ def start_run(args: Args, data: str) -> tuple:
         run_dir.mkdir(parents=True)
     except OSError as error:
         refuse("exp_name", args.exp_name, f"cannot create the folder {run_dir} ({error.strerror})")
-    git = os.popen(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD 2>/dev/null').read().strip()
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, git=git)
+    shutil.copy(__file__, run_dir)
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
     description = dict(script=SCRIPT, action_repeat=1, data=data, args=asdict(args), versions=versions)
     (run_dir / "args.json").write_text(json.dumps(description, indent=2))
     return run_dir, SummaryWriter(str(run_dir))

@@ -1,0 +1,1078 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "ale-py==0.12.1",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""What Adam remembers of recycled neurons: a side study of The Dormant Neuron Phenomenon in Deep Reinforcement Learning
+(Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902). The paper itself is in redo_dqn_atari.py.
+
+In deep RL more and more neurons fall silent. ReDo recycles them (Algorithm 1), every 1000 gradient steps:
+    for every tau-dormant neuron: re-draw its incoming weights from the initial distribution,
+                                  zero its outgoing weights                                         -> `recycle_variant`
+Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):                          -> `dormant_score`
+    s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; tau-dormant if s_i <= tau
+Adam's averages m and v of the gradient and its square begin at 0. After k steps it corrects both and moves a weight by
+    lr m' / (sqrt(v') + eps)        m' = m / (1 - beta1^k),  v' = v / (1 - beta2^k)
+The official code zeroes m and v of recycled weights, but not k, so nothing is corrected any more: the j-th update after
+that is (1 - beta1^j) / sqrt(1 - beta2^j) times as large as a new Adam's: 3.2 times the first, 6.6 times the 12th, 3.2
+times the 100th (less where eps counts). Does that matter? --redo-adam says what Adam forgets of recycled neurons:
+    none                  nothing
+    moments               m and v of their weights, as in the official code; their biases become 0, but keep m and v
+    moments+tensor-step   m and v of their weights and biases; and k, but for all neurons           -> `reset_adam_step`
+    per-element           m, v and k of their weights and biases alone: the clean way                -> `PerElementAdam`
+--method adam-step-reset is the control for the third: it resets k every 1000 gradient steps, and recycles nothing.
+--redo-compat-flatten is another slip of the official code: the mask over the weights that read the last convolution is
+laid out channel by channel, but the features position by position, so almost only wrong weights become 0.
+
+    SCALE=small bash benchmark/redo_dqn_atari_adam_state.sh    all of these, and DQN, at replay ratio 1: for a GPU, not
+                                                               run yet
+    python studies/redo_variants.py --redo-adam per-element    one run of 10M steps at replay ratio 0.25; without this
+                                                               flag, it learns exactly what redo_dqn_atari.py learns
+
+All else is as in redo_dqn_atari.py, with its Nature network; what differs from the official code stands there.
+"""
+
+import copy
+import fcntl
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+Count = Annotated[int, (1, 10**12)]  # lowest and highest value; check_values refuses any other
+Share = Annotated[float, (0, 1)]
+NonNegative = Annotated[float, (0, 1e12)]
+
+
+@dataclass
+class RunArgs:
+    """What does not change what is learned: a resumed run takes these from the command line."""
+
+    resume: str | None = None  # folder of the run to continue; flags that are not given come from its args.json
+    total_timesteps: Count = 1_000_000  # steps of the whole run
+    eval_every: Count = 10_000  # steps between evaluations, made at the next end of an episode; always one at the end
+    checkpoint_every: Count = 250_000  # steps between checkpoints, likewise
+    checkpoint_replay: bool = True  # save the replay, too; without it, a resumed run first refills it
+    save_model: bool = False  # at the end, save the weights alone as model.pt
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
+    compile: bool = False  # compile the networks
+    cudagraphs: bool = False  # capture the whole update in one CUDA graph, and replay it for each batch
+    torch_deterministic: bool = False  # deterministic GPU kernels (CPU runs are bit-identical without this)
+    track: bool = False  # log to Weights & Biases, too (install wandb yourself)
+    wandb_project_name: str = "clayrl"  # the Weights & Biases project
+    wandb_entity: str | None = None  # the Weights & Biases user or team
+
+
+@dataclass
+class Args(RunArgs):
+    """DQN, and ReDo in variants. A step is an agent step, 4 frames."""
+
+    exp_name: str = "redo_variants"  # name of this experiment, part of the run folder's name
+    seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
+    env_id: str = "ALE/DemonAttack-v5"  # any game of the Arcade Learning Environment: ALE/<Game>-v5
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
+    total_timesteps: Count = 10_000_000  # steps of the whole run
+    eval_every: Count = 250_000  # steps between evaluations, made at the next end of an episode; always one at the end
+
+    # Environment
+    sticky_actions: Share = 0.25  # probability, each frame, that the emulator repeats the previous action
+    max_episode_steps: Annotated[int, (1, 27_000)] = 27_000  # time limit in steps; counts as truncation
+
+    # DQN
+    replay_ratio: Annotated[float, (0.25, 1000)] = 0.25  # gradient steps per step: bursts of 4 x this every 4 steps
+    learning_starts: Count = 20_000  # steps before the first gradient step
+    buffer_size: Count = 1_000_000  # frames in the replay, 7 kB each
+    batch_size: Count = 32  # transitions per gradient step
+    n_step: Count = 1  # rewards per target before it bootstraps
+    gamma: Share = 0.99  # discount per step
+    learning_rate: NonNegative = 6.25e-5  # Adam's
+    adam_eps: NonNegative = 1.5e-4  # Adam's epsilon
+    weight_decay: NonNegative = 0.0  # times the weights, added to the gradient before Adam (the paper's best: 1e-5)
+    loss: Literal["huber", "mse"] = "huber"  # of the temporal-difference error
+    target_network_frequency: Count = 8000  # steps between copies to the target network
+    exploration_steps: Count = 250_000  # length in steps of the linear decay of the exploration, from 1 to end_e
+    end_e: Share = 0.01  # probability of a random action after it
+
+    # Network
+    width: Annotated[float, (0.01, 64)] = 1.0  # multiplies the channels and hidden units
+    padding: Literal["same", "valid"] = "same"  # of the Nature network's convolutions: 7744 or 3136 features
+    activation: Literal["relu", "leaky_relu"] = "relu"  # leaky_relu: slope 0.01
+    init: Literal["xavier", "torch"] = "xavier"  # uniform weights and zero biases, or PyTorch's default
+
+    # Dormant neurons
+    method: Literal["redo", "dqn", "adam-step-reset"] = "redo"  # what is done to network or Adam while it learns
+    redo_tau: NonNegative = 0.025  # recycle neurons with a score of at most this; default 0.1 at other replay ratios
+    redo_period_gradient_steps: Count = 1000  # gradient steps between recycling (or between resets of the step count)
+    redo_batch_size: Count = 64  # states that the scores are taken over for recycling
+    redo_adam: Literal["none", "moments", "moments+tensor-step", "per-element"] = "moments"  # what Adam forgets then
+    redo_compat_flatten: bool = False  # zero the same wrong weights after the last convolution as the official code
+    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # from here on nothing is recycled or reset
+
+    # What to look at
+    eval_steps: Count = 125_000  # steps of an evaluation; every game that was begun is finished
+    eval_envs: Annotated[int, (1, 1024)] = 8  # games side by side in an evaluation
+    eval_epsilon: Share = 0.001  # probability of a random action in evaluations
+    dormant_every: Count = 20_000  # steps between looks at the dormant neurons
+    dormant_batch_size: Count = 256  # states that the logged scores are taken over
+    log_every: Count = 1000  # steps between logs of losses
+
+
+SCRIPT, ACTION_REPEAT = "redo_variants", 4
+UPDATE_PERIOD = 4  # steps between bursts of gradient steps
+TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons
+
+
+def task_defaults(args: Args) -> dict:
+    return dict(redo_tau=0.025 if args.replay_ratio == 0.25 else 0.1)
+
+
+# === Environment ======================================================================================================
+def episode_seed(*numbers: int) -> int:
+    """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
+    numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def random_stream(seed: int, number: int) -> torch.Generator:
+    """Random numbers of their own for one purpose, on the CPU, so that one purpose does not change another."""
+    return torch.Generator().manual_seed(episode_seed(seed, 2, number))
+
+
+def make_envs(args, num_envs: int, **options):
+    """`num_envs` games side by side -> ale_py's vector environment, which plays them in threads of its own.
+
+    Observations (num_envs, 4, 84, 84) uint8: grey frames, each the maximum of the last 2 of 4, the newest last, zeros
+    before an episode's first. send(action) starts a step, recv() waits for it; an episode that ended must be reset.
+    """
+    import ale_py
+    import gymnasium
+
+    gymnasium.register_envs(ale_py)
+    return gymnasium.make_vec(
+        args.env_id, num_envs, repeat_action_probability=args.sticky_actions, noop_max=0, use_fire_reset=False,
+        max_num_frames_per_episode=ACTION_REPEAT * args.max_episode_steps,
+        reward_clipping=False, episodic_life=False, num_threads=min(num_envs, os.cpu_count()), **options,
+    )  # fmt: skip
+
+
+def begin_episodes(envs, generator, which=None) -> tuple:
+    """Begins new episodes in the games `which` (num_envs,) bool, or in all, seeded by the generator -> obs, info."""
+    which = np.ones(envs.num_envs, bool) if which is None else which
+    seeds = torch.randint(2**31, (which.sum(),), generator=generator).numpy()
+    return envs.reset(seed=seeds, options={"reset_mask": which})
+
+
+# === Replay buffer ====================================================================================================
+class FrameReplay:
+    """A ring of single frames (capacity, height, width) uint8; stacks and n-step returns are built when sampling.
+
+    Each frame has a record (4,): the action taken from it (-1: none, it is an episode's last frame or the newest one),
+    the reward and the termination that followed, and its age: how many frames of its episode came before it. `start`
+    lists the frames from which an action was taken, and sampling is uniform over them. Frames and starts are numbered
+    from 0 in the order of their arrival; number i is in slot i % capacity.
+    """
+
+    def __init__(self, capacity, device, n_step=1, gamma=0.99, frame_shape=(84, 84), stack=4):
+        self.capacity = capacity
+        self.n_step = n_step
+        self.gamma = gamma
+        self.stack = stack
+        self.frames = torch.empty((capacity + 1, *frame_shape), dtype=torch.uint8, device=device)
+        self.frames[capacity] = 0  # what stands before an episode's first frame
+        self.record = torch.empty((capacity, 4), device=device)
+        self.start = torch.zeros(capacity, dtype=torch.int64)  # on the CPU, where indices are drawn
+        self.num_frames = self.num_starts = self.oldest_start = self.age = 0
+
+    def add_first(self, frame: np.ndarray) -> None:
+        """An episode's first frame (height, width)."""
+        self.age = 0
+        self._append(frame)
+
+    def add(self, action: int, reward: float, terminated: bool, frame: np.ndarray) -> None:
+        """The action taken at the newest frame, and what followed: reward, termination, and the next frame."""
+        newest = self.num_frames - 1
+        self.record[newest % self.capacity] = torch.tensor([action, reward, terminated, self.age])
+        self.start[self.num_starts % self.capacity] = newest
+        self.num_starts += 1
+        self.age += 1
+        self._append(frame)
+
+    def _append(self, frame: np.ndarray) -> None:
+        slot = self.num_frames % self.capacity
+        self.frames[slot] = torch.from_numpy(frame)
+        self.record[slot] = torch.tensor([-1.0, 0.0, 0.0, self.age])
+        self.num_frames += 1
+        oldest = self.num_frames - self.capacity  # frame in the full ring; a start needs its whole stack there
+        while oldest > 0 and oldest + self.stack - 1 > self.start[self.oldest_start % self.capacity]:
+            self.oldest_start += 1
+
+    def __len__(self) -> int:
+        """The number of transitions that can be sampled: their n steps have been taken, or their episode is over."""
+        return self.num_starts - min(self.n_step - 1, self.age) - self.oldest_start
+
+    def stacked(self, index: torch.Tensor) -> torch.Tensor:
+        """Frame numbers (batch,) -> observations (batch, stack, height, width) uint8, zeros before an episode."""
+        back = torch.arange(self.stack - 1, -1, -1, device=index.device)
+        inside = back <= self.record[index % self.capacity, 3, None]
+        slot = torch.where(inside, (index[:, None] - back) % self.capacity, self.capacity)
+        # Copies whole frames; indexing by a tensor and masking afterwards take many times as long on a CPU
+        return self.frames.index_select(0, slot.flatten()).view(*slot.shape, *self.frames.shape[1:])
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple:
+        """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
+        discounted reward of n steps (batch,), discount (batch,), and next_obs.
+
+        discount is gamma^n, a smaller power where the episode ended earlier, 0 where it terminated.
+        """
+        end = self.oldest_start + len(self)
+        chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
+        first = index = self.start[chosen % self.capacity].to(self.frames.device)
+        reward = torch.zeros(batch_size, device=index.device)
+        discount = torch.ones(batch_size, device=index.device)
+        for _ in range(self.n_step):
+            action, step_reward, terminated, _ = self.record[index % self.capacity].unbind(1)
+            inside = action >= 0
+            reward = reward + discount * step_reward  # 0 in an episode's last frame
+            discount = torch.where(inside, discount * self.gamma * (1 - terminated), discount)
+            index = index + inside
+        action = self.record[first % self.capacity, 0].long()
+        return self.stacked(first), action, reward, discount, self.stacked(index)
+
+    def state_dict(self) -> dict:
+        """The counters, and the filled part of each ring; via NumPy, because torch.save writes all of a view's base."""
+        state = dict(vars(self))
+        for name in ("frames", "record", "start"):
+            state[name] = torch.from_numpy(state[name][: self.num_frames].cpu().numpy())
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["capacity"] != self.capacity and state["num_frames"] > min(state["capacity"], self.capacity):
+            raise ValueError("its replay has wrapped around a ring of another size")
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                getattr(self, name)[: len(value)] = value
+            elif name != "capacity":
+                setattr(self, name, value)
+
+
+# === Networks =========================================================================================================
+def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """A new weight for a layer, on the CPU, from the distribution that its attribute `init` names (PyTorch's, without).
+
+    xavier: uniform within sqrt(6 / (fan_in + fan_out)); lecun: normal, cut off at 2 standard deviations, of variance
+    1 / fan_in; torch: uniform within 1 / sqrt(fan_in), PyTorch's default.
+    """
+    weight = torch.empty(layer.weight.shape)
+    kind = getattr(layer, "init", "torch")
+    if kind == "xavier":
+        nn.init.xavier_uniform_(weight, generator=generator)
+    elif kind == "torch":
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    else:
+        std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # that of the normal before it is cut off
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    return weight
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple:
+    """Zeros before and after one axis so that a convolution gives ceil(size / stride) outputs (TensorFlow's SAME)."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+class QNetwork(nn.Module):
+    """What both networks share: layers by name, and which one reads which (for recycling).
+
+    forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
+    `reader[a] = b`: neurons of layer a are read by layer b alone, so they can be recycled.
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        self.width = args.width
+        self.init = args.init
+        self.activate = F.relu if args.activation == "relu" else F.leaky_relu  # slope 0.01
+        self.layers = nn.ModuleDict()
+        self.reader = {}
+
+    def add(self, name: str, layer: nn.Module, init: str | None = None) -> None:
+        layer.init = init or self.init
+        self.layers[name] = layer
+
+    def neurons(self, count: int) -> int:
+        return math.ceil(count * self.width)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        for layer in self.layers.values():
+            layer.weight.copy_(initial_weight(layer, generator))
+            layer.bias.zero_()
+            if layer.init == "torch":
+                layer.bias.uniform_(-1, 1, generator=generator).div_(math.sqrt(layer.weight[0].numel()))
+
+    def hidden(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """One layer and its activation."""
+        return self.activate(self.layers[name](x))
+
+    def recyclable(self) -> list:
+        """[(layer, [the layers that read it])], as `recycle` wants them."""
+        return [(self.layers[name], [self.layers[reader]]) for name, reader in self.reader.items()]
+
+
+class NatureCNN(QNetwork):
+    """Mnih et al. 2015: convolutions 32 8x8/4, 64 4x4/2, 64 3x3/1, dense 512 (Table 2), times the width."""
+
+    def __init__(self, num_actions, args):
+        super().__init__(args)
+        channels, size = 4, 84
+        self.pads = {}
+        for name, out, kernel, stride in (("conv1", 32, 8, 4), ("conv2", 64, 4, 2), ("conv3", 64, 3, 1)):
+            before, after = same_padding(size, kernel, stride) if args.padding == "same" else (0, 0)
+            self.pads[name] = (before, after) * 2 if before != after else None  # uneven: padded by hand
+            padding = before if before == after else 0
+            self.add(name, nn.Conv2d(channels, self.neurons(out), kernel, stride, padding))
+            channels = self.neurons(out)
+            size = (size + before + after - kernel) // stride + 1
+        self.add("dense", nn.Linear(channels * size * size, self.neurons(512)))
+        self.add("head", nn.Linear(self.neurons(512), num_actions))
+        self.reader = {"conv1": "conv2", "conv2": "conv3", "conv3": "dense", "dense": "head"}
+
+    def forward(self, obs):
+        x = obs.float() / 255
+        activations = {}
+        for name, pad in self.pads.items():
+            x = activations[name] = self.hidden(name, x if pad is None else F.pad(x, pad))
+        activations["dense"] = self.hidden("dense", x.flatten(1))
+        return self.layers["head"](activations["dense"]), activations
+
+
+class NatureAgent(nn.Module):
+    """The Q-network that learns, and its target: a copy from some steps ago."""
+
+    def __init__(self, num_actions, args):
+        super().__init__()
+        self.q_network = NatureCNN(num_actions, args)
+        self.q_network.initialise(random_stream(args.seed, 3))
+        self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        torch._foreach_copy_(list(self.target_network.parameters()), list(self.q_network.parameters()))
+
+
+# === Dormant neurons (Section 3) ======================================================================================
+def dormant_score(activation: torch.Tensor) -> torch.Tensor:
+    """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
+
+    activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
+    all 0 when the whole layer is silent, all NaN when an activation is not finite.
+    """
+    mean = activation.abs().float().mean([0, *range(2, activation.dim())])
+    average = mean.mean()
+    return torch.where(average.isfinite(), mean / average.clamp_min(torch.finfo(torch.float32).tiny), math.nan)
+
+
+def dormant_share(score: torch.Tensor, tau: float) -> torch.Tensor:
+    """The share of neurons with a score of at most tau, 0-d; NaN when a score is."""
+    return torch.where(score.isfinite().all(), (score <= tau).float().mean(), math.nan)
+
+
+@torch.no_grad()
+def dormant_ratios(network, x) -> dict:
+    """The shares of tau-dormant neurons (Definition 3.1) on inputs x, by layer and over all of them -> metrics."""
+    _, activations = network(x)
+    scores = {name: dormant_score(h) for name, h in activations.items()}
+    scores["all"] = torch.cat(list(scores.values()))
+    metrics = {}
+    for name, score in scores.items():
+        for tau in TAUS:
+            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
+    return metrics
+
+
+# === ReDo (Section 4), and what Adam forgets ==========================================================================
+class PerElementAdam(torch.optim.Optimizer):
+    """Adam with a bias correction per element, so that a recycled weight's moments can start anew.
+
+    Adam divides its moments by 1 - beta^k after k steps: the total weight that the average has given to gradients so
+    far. That weight is kept beside each element instead of k, and is zeroed with the moments.
+    """
+
+    def __init__(self, params, lr, eps=1e-8, betas=(0.9, 0.999), weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {k: torch.zeros_like(p) for k in ("exp_avg", "weight", "exp_avg_sq", "weight_sq")}
+            m, m_weight, v, v_weight = (
+                [self.state[p][k] for p in params] for k in ("exp_avg", "weight", "exp_avg_sq", "weight_sq")
+            )
+            grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
+            if group["weight_decay"]:
+                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            for average, value, beta in ((m, grads, beta1), (v, torch._foreach_mul(grads, grads), beta2)):
+                torch._foreach_mul_(average, beta)
+                torch._foreach_add_(average, value, alpha=1 - beta)
+            for weight, beta in ((m_weight, beta1), (v_weight, beta2)):
+                torch._foreach_mul_(weight, beta)
+                torch._foreach_add_(weight, 1 - beta)
+            scale = torch._foreach_sqrt(torch._foreach_div(v, v_weight))
+            torch._foreach_add_(scale, group["eps"])
+            torch._foreach_mul_(scale, m_weight)
+            torch._foreach_addcdiv_(params, m, scale, value=-group["lr"])
+
+
+def forget(optimizer, parameter, mask) -> None:
+    """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if value.shape == parameter.shape:
+            value.masked_fill_(mask, 0)
+
+
+def reset_adam_step(optimizer, kept) -> None:
+    """Zeroes Adam's step count of every tensor but `kept`, the head's bias.
+
+    With moments kept, the next updates shrink to 0.32, 0.15, 0.31, 0.63, 0.80 of themselves after 1, 10, 100, 500, 1000
+    steps: a learning-rate warm-up that a public port of ReDo has by accident. Here it is a control.
+    """
+    for parameter, state in optimizer.state.items():
+        if parameter is not kept:
+            state["step"].zero_()
+
+
+@torch.no_grad()
+def recycle_variant(layers, activations, optimizer, tau, generator, adam="moments", compat_flatten=False) -> list:
+    """ReDo (Algorithm 1) for any network, in place -> each layer's recycled neurons, (neurons,) bool.
+
+    layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
+    non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are
+    drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
+    forgets its averages of these weights, and of biases, which become 0, as `adam` says: see the top of this file.
+    """
+    masks = [dormant_score(activation) <= tau for activation in activations]
+    for (layer, _), mask in zip(layers, masks):
+        fresh = initial_weight(layer, generator).to(layer.weight)
+        rows = mask.view(-1, *[1] * (fresh.dim() - 1))
+        layer.weight.copy_(torch.where(rows, fresh, layer.weight))
+        if adam != "none":
+            forget(optimizer, layer.weight, rows)
+        if layer.bias is not None:
+            layer.bias.masked_fill_(mask, 0)
+            if adam in ("moments+tensor-step", "per-element"):
+                forget(optimizer, layer.bias, mask)
+    for (_, readers), mask in zip(layers, masks):
+        for reader in readers:
+            positions = reader.weight.shape[1] // len(mask)  # a dense layer reads height x width columns of a map
+            columns = mask.repeat_interleave(positions)
+            if compat_flatten:  # as if a position's channels, not a channel's positions, were consecutive
+                columns = columns.view(positions, -1).T.flatten()
+            columns = columns.view(1, -1, *[1] * (reader.weight.dim() - 2))
+            reader.weight.masked_fill_(columns, 0)
+            if adam != "none":
+                forget(optimizer, reader.weight, columns)
+    return masks
+
+
+@torch.no_grad()
+def intervene_variant(q_network, optimizer, replay, gradient_steps: int, args, generator, device) -> dict:
+    """What --method does to network or Adam after this many gradient steps: mostly nothing -> metrics."""
+    ended = args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps
+    if ended or gradient_steps % args.redo_period_gradient_steps != 0:
+        return {}
+    metrics = {}
+    if args.method == "redo":
+        obs = replay.sample(args.redo_batch_size, generator)[0].to(device)
+        q_before, activations = q_network(obs)
+        activations = [activations[name] for name in q_network.reader]
+        options = dict(adam=args.redo_adam, compat_flatten=args.redo_compat_flatten)
+        masks = recycle_variant(q_network.recyclable(), activations, optimizer, args.redo_tau, generator, **options)
+        counts = {f"plasticity/redo_recycled/{name}": mask.sum() for name, mask in zip(q_network.reader, masks)}
+        q_change = (q_network(obs)[0] - q_before).abs().max()
+        metrics = counts | {"plasticity/redo_recycled/all": sum(counts.values()), "plasticity/redo_q_change": q_change}
+    if args.method == "adam-step-reset" or (args.method == "redo" and args.redo_adam == "moments+tensor-step"):
+        reset_adam_step(optimizer, kept=q_network.layers["head"].bias)
+    return metrics
+
+
+# === DQN ==============================================================================================================
+def make_optimizer(agent, args, device):
+    """Adam; the weight decay is added to the gradient (coupled)."""
+    options = dict(lr=args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay)
+    options |= dict(fused=device.type != "mps", capturable=args.cudagraphs)
+    return torch.optim.Adam(agent.q_network.parameters(), **options)
+
+
+def update(agent, optimizer, args, batch: tuple) -> dict:
+    """One gradient step on a batch from `FrameReplay.sample` -> metrics, detached, on the device."""
+    obs, action, reward, discount, next_obs = batch
+    bfloat16 = args.precision == "bfloat16"
+    autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
+    with torch.no_grad(), autocast():  # separate from the next region: weights that are cast here get no gradient
+        next_q, _ = agent.target_network(next_obs)
+        target = reward + discount * next_q.float().max(1).values
+    with autocast():
+        q_values, _ = agent.q_network(obs)
+    q = q_values.float().gather(1, action[:, None])[:, 0]
+    loss = F.smooth_l1_loss(q, target) if args.loss == "huber" else F.mse_loss(q, target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"losses/td": loss.detach(), "losses/q_values": q.detach().mean(), "losses/targets": target.mean()}
+
+
+def sample_batch(replay, args, generator, device) -> tuple:
+    """What `update` learns from."""
+    return tuple(x.to(device) for x in replay.sample(args.batch_size, generator))
+
+
+def exploration_at(step: int, args) -> float:
+    """The probability of a random action: 1, then linear to end_e. It decays once learning has begun."""
+    progress = min(max((step - args.learning_starts) / args.exploration_steps, 0.0), 1.0)
+    return 1 + progress * (args.end_e - 1)
+
+
+def act(q_network, obs, epsilon: float, num_actions: int, generator, device) -> np.ndarray:
+    """Epsilon-greedy actions (num_envs,) for observations (num_envs, 4, 84, 84). Drawn with a CPU generator."""
+    action = torch.randint(num_actions, (len(obs),), generator=generator).numpy()
+    greedy = (torch.rand(len(obs), generator=generator) >= epsilon).numpy()
+    if greedy.any():
+        with torch.no_grad():
+            q_values, _ = q_network(torch.from_numpy(obs).to(device))
+        action[greedy] = q_values.argmax(1).cpu().numpy()[greedy]
+    return action
+
+
+def evaluate(q_network, envs, args, number: int, device, run) -> dict | None:
+    """Plays whole episodes at eval_epsilon, for at least eval_steps steps -> metrics, or None if the run is to stop.
+
+    Each of the games played side by side begins new episodes until it has had its share of the steps. `number` seeds
+    emulators and random actions; torch's own random numbers are not used.
+    """
+    n = envs.num_envs
+    rng = torch.Generator().manual_seed(episode_seed(args.seed, 1, number))
+    obs, _ = begin_episodes(envs, rng)
+    episode_return, episode_length, steps = np.zeros(n), np.zeros(n, int), np.zeros(n, int)
+    running = np.ones(n, bool)
+    finished = []  # (return, length)
+    while running.any():
+        action = act(q_network, obs, args.eval_epsilon, int(envs.single_action_space.n), rng, device)
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        if run.stopped:
+            return None
+        episode_return += reward
+        episode_length += 1
+        steps += 1
+        done = terminated | truncated
+        if done.any():
+            finished += [(episode_return[i], episode_length[i]) for i in np.flatnonzero(done & running)]
+            running &= ~done | (steps < args.eval_steps / n)
+            episode_return[done], episode_length[done] = 0, 0
+            obs, _ = begin_episodes(envs, rng, done)
+    returns, lengths = np.array(finished, float).T
+    return {
+        "eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean(), "eval/episodes": len(returns),
+    }  # fmt: skip
+
+
+# === The algorithm ====================================================================================================
+def train(args: Args) -> Path:
+    """Trains, logs to a new folder under runs/ or to args.resume, and returns that folder."""
+    device, buffer_device = check_args(args)
+    seed_everything(args.seed, args.torch_deterministic)
+    set_precision(args.precision, device)
+    envs, eval_envs = make_envs(args, 1), make_envs(args, args.eval_envs)
+    num_actions = int(envs.single_action_space.n)
+    agent = NatureAgent(num_actions, args).to(device, memory_format=torch.channels_last)
+    q_network, optimizer = agent.q_network, make_optimizer(agent, args, device)
+    if args.redo_adam == "per-element":
+        options = dict(eps=args.adam_eps, weight_decay=args.weight_decay)
+        optimizer = PerElementAdam(q_network.parameters(), args.learning_rate, **options)
+    replay = FrameReplay(replay_capacity(args), buffer_device, args.n_step, args.gamma)
+    batch_rng = random_stream(args.seed, 0)
+    redo_rng = random_stream(args.seed, 1)
+    look_rng = random_stream(args.seed, 2)
+    act_rng = random_stream(args.seed, 4)
+    learn = partial(update, agent, optimizer, args)
+    if args.cudagraphs:
+        learn = capture(learn, [optimizer])
+    if args.compile:
+        compile_modules(agent.q_network, agent.target_network)
+
+    parts = dict(agent=agent, optimizer=optimizer, replay=replay)
+    parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, look_rng=look_rng, act_rng=act_rng)
+    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
+    global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
+    learning_from = args.learning_starts if replay.num_frames else global_step + args.learning_starts
+    first_update = gradient_steps
+
+    while not run.stopped:
+        # Between episodes: evaluate, then save, so that a resumed run does not evaluate again
+        finished = global_step == args.total_timesteps
+        if finished or global_step >= next_eval:
+            results = evaluate(q_network, eval_envs, args, global_step, device, run)
+            if results is None:  # the run is to stop
+                break
+            run.log(global_step, results)
+            next_eval = global_step - global_step % args.eval_every + args.eval_every
+        if finished:
+            run.write_summary(q_network, results | dict(global_step=global_step, gradient_steps=gradient_steps))
+            break
+        if run.checkpoint_due(global_step):
+            run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
+
+        game_rng = torch.Generator().manual_seed(episode_seed(args.seed, 0, episode))
+        obs, _ = begin_episodes(envs, game_rng)
+        replay.add_first(obs[0, -1])
+        start_step, start_update, start_time = global_step, gradient_steps, time.time()
+        episode_return, done, metrics = 0.0, False, {}
+        while not (done or run.stopped or global_step == args.total_timesteps):
+            # Act: the emulator plays this step in its own thread ...
+            epsilon = exploration_at(global_step, args)
+            action = int(act(q_network, obs, epsilon, num_actions, act_rng, device)[0])
+            envs.send(np.array([action]))
+
+            # Learn: ... while the network learns from the steps before it
+            events = {}
+            learning = global_step > learning_from
+            if learning and global_step % UPDATE_PERIOD == 0:
+                for _ in range(round(args.replay_ratio * UPDATE_PERIOD)):
+                    metrics = learn(sample_batch(replay, args, batch_rng, device))
+                    gradient_steps += 1
+                    events |= intervene_variant(q_network, optimizer, replay, gradient_steps, args, redo_rng, device)
+            if learning and global_step % args.target_network_frequency == 0:
+                agent.update_target()
+
+            # Observe
+            obs, reward, terminated, truncated, _ = envs.recv()
+            replay.add(action, np.clip(reward[0], -1, 1), bool(terminated[0]), obs[0, -1])
+            global_step += 1
+            episode_return += float(reward[0])
+            done = bool(terminated[0] or truncated[0])
+            run.bar.update()
+
+            # Log: a game may last 27,000 steps
+            run.log(global_step, events)
+            if global_step % args.log_every == 0:
+                run.check_finite(metrics, global_step - args.log_every)
+                run.log(global_step, metrics | {
+                    "charts/epsilon": epsilon, "charts/gradient_steps": gradient_steps,
+                    "charts/replay_ratio": args.replay_ratio if learning else 0,
+                    "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": run.walltime(),
+                })  # fmt: skip
+            if global_step >= learning_from and global_step % args.dormant_every == 0:
+                states = replay.sample(args.dormant_batch_size, look_rng)[0].to(device)
+                run.log(global_step, dormant_ratios(q_network, states))
+
+        # After the episode
+        episode += 1
+        run.check_finite(metrics, start_step)
+        charts = {}
+        if start_update > first_update:  # not the first episode that learns: it warms up and compiles
+            charts["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
+        if done:
+            charts |= {"charts/episodic_return": episode_return, "charts/episodic_length": global_step - start_step}
+            run.bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
+        run.log(global_step, charts)
+
+    run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
+    run.close()
+    return run.dir
+
+
+# === Housekeeping of this script: what cannot work ====================================================================
+def check_args(args: Args) -> tuple:
+    """Refuses what cannot work, before anything is allocated or written -> the devices of network and replay."""
+    check_values(args)
+    with torch.device("meta"):  # shapes only, nothing is allocated
+        network = NatureCNN(18, args)
+    activations = 8e5 * max(1, args.width)  # bytes per state
+    # Weights, the target's, gradients, and Adam's moments (per-element: their counts and temporary copies, too)
+    copies = 9 if args.redo_adam == "per-element" else 5
+    needed = {  # rough bytes
+        "buffer_size": replay_capacity(args) * (84 * 84 + 24),
+        "width": 3e8 + copies * 4 * sum(p.numel() for p in network.parameters()),
+        "dormant_batch_size": activations * args.dormant_batch_size,
+        "batch_size": activations * args.batch_size,
+        "redo_batch_size": activations * args.redo_batch_size,
+    }
+    devices = check_devices(args, needed)
+    defaults = Args(**task_defaults(args))
+    for name in ("redo_tau", "redo_batch_size", "redo_adam", "redo_compat_flatten"):
+        if args.method != "redo" and getattr(args, name) != getattr(defaults, name):
+            refuse(name, getattr(args, name), "does nothing without --method redo")
+    for name, fine, limit in (
+        ("env_id", args.env_id.startswith("ALE/"), "is no game of the Arcade Learning Environment (ALE/<Game>-v5)"),
+        ("replay_ratio", args.replay_ratio * UPDATE_PERIOD % 1 == 0, f"must be a multiple of {1 / UPDATE_PERIOD}"),
+        ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
+        ("learning_starts", args.n_step <= args.learning_starts <= args.buffer_size, "must lie between --n-step and "
+         "--buffer-size"),
+        ("redo_end_gradient_steps", args.method != "dqn" or args.redo_end_gradient_steps is None,
+         "does nothing with --method dqn"),
+    ):  # fmt: skip
+        if not fine:
+            refuse(name, getattr(args, name), limit)
+    try:
+        make_envs(args, 1)
+    except Exception as error:
+        refuse("env_id", args.env_id, f"cannot be played ({type(error).__name__}: {error})")
+    return devices
+
+
+def replay_capacity(args) -> int:
+    """Frames in the ring. Twice the steps are enough: an episode's last frame takes a place, too."""
+    return min(args.buffer_size, 2 * args.total_timesteps)
+
+
+# === Housekeeping, the same text in every script: arguments, precision, CUDA graphs, files, signals ===================
+def refuse(flag: str, value: object, limit: str) -> None:
+    """Ends the program because of a user's mistake: one line on stderr, exit code 2."""
+    line = f"{SCRIPT}.py: error: --{flag.replace('_', '-')} {value}: {limit}"
+    print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(command_line: list) -> Args:
+    """The command line -> arguments. What is not given comes from the task's defaults, or from the resumed run."""
+    import tyro
+
+    args = tyro.cli(Args, args=command_line)
+    if args.resume is None:
+        return tyro.cli(Args, args=command_line, default=Args(**task_defaults(args)))
+    try:
+        description = json.loads((Path(args.resume) / "args.json").read_text())
+        if description["script"] != SCRIPT:
+            raise ValueError(f"it is one of {description['script']}.py")
+        default = Args(**description["args"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        refuse("resume", args.resume, f"is not the folder of a run that this script can continue ({error})")
+    check_values(default)
+    args = tyro.cli(Args, args=command_line, default=default)
+    for name, value in fixed_args(default).items():
+        if getattr(args, name) != value:
+            refuse(name, getattr(args, name), f"a resumed run keeps its own value, {value}")
+    return args
+
+
+def fixed_args(args: Args) -> dict:
+    """The arguments that a resumed run keeps."""
+    free = {field.name for field in fields(RunArgs)}
+    return {name: value for name, value in asdict(args).items() if name not in free}
+
+
+def check_values(args: Args) -> None:
+    """Refuses values of a wrong type, which args.json can contain, and values outside the bounds of their type."""
+    kinds = get_type_hints(Args)
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value, kind = getattr(args, name), kinds[name]
+        if get_origin(kind) is Literal:
+            fits = value in get_args(kind)
+        else:
+            fits = isinstance(value, int | float if kind is float else kind)
+        if not fits:
+            refuse(name, value, f"must be {getattr(kind, '__name__', kind)}")
+        for low, high in getattr(hint, "__metadata__", ()):
+            if value is not None and not low <= value <= high:  # true for NaN, too
+                refuse(name, value, f"must lie between {low} and {high}")
+
+
+def check_devices(args: Args, needed: dict) -> tuple:
+    """Refuses what this computer does not have -> the devices of the networks and of the replay. needed: roughly how
+    many bytes the run takes, by the flag that decides it; those of buffer_size are the replay's."""
+    found = dict(auto=True, cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    for name in ("device", "buffer_device"):
+        if not found[getattr(args, name)]:
+            refuse(name, getattr(args, name), "torch sees no such device here")
+    device, buffer_device = args.device, args.buffer_device
+    if device == "auto":
+        device = "cuda" if found["cuda"] else "cpu"
+    if buffer_device == "auto":
+        fits = device == "cuda" and sum(needed.values()) < 0.9 * memory("cuda")
+        buffer_device = "cuda" if fits else "cpu"
+    places = {name: buffer_device if name == "buffer_size" else device for name in needed}
+    for place in (device, buffer_device):
+        here = {name: needed[name] for name in needed if places[name] == place}
+        if sum(here.values()) > memory(place):
+            name = max(here, key=here.get)
+            sizes = f"about {sum(here.values()) / 1e9:.1f} GB, {place} has {memory(place) / 1e9:.1f} GB"
+            refuse(name, getattr(args, name), f"the run needs {sizes}")
+    if args.cudagraphs and device != "cuda":
+        refuse("cudagraphs", True, f"needs --device cuda, not {device}")
+    if args.track and not find_spec("wandb"):
+        refuse("track", True, "needs Weights & Biases: pip install wandb")
+    return torch.device(device), torch.device(buffer_device)
+
+
+def memory(device: str) -> int:
+    """Bytes: what is free on the GPU, or all of the computer's memory."""
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else everything
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """float32: exact. tf32: faster convolutions and matrix products on a GPU. bfloat16: the update casts them as well.
+
+    On a CPU, products in float32 go through oneDNN instead of MKL (on AMD twice as fast) if its "bf16" mode proves to
+    be as exact as float32, which it is on CPUs without bfloat16 matrix units.
+    """
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")  # first: it resets oneDNN's
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+        if ((x @ x).double() - x.double() @ x.double()).abs().max() > 1e-3:
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def compile_modules(*modules: nn.Module) -> None:
+    torch._dynamo.config.recompile_limit = 64  # one compilation per batch size and kind of gradient
+    for module in modules:
+        module.compile(dynamic=False)
+
+
+def capture(update, optimizers: list):
+    """update(batch) -> metrics, as a function that replays it as a CUDA graph. The metrics are overwritten each time.
+
+    The first 3 updates run as they are, on a stream of their own: Adam creates its state, libraries choose kernels. The
+    4th is captured. A graph keeps addresses: from then on, weights and Adam's state may only be changed in place.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    calls, static, metrics = [], [], {}
+
+    def captured(batch):
+        calls.append(len(calls))
+        if len(calls) <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                eager = update(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            return eager
+        if not static:
+            static.extend(x.clone() for x in batch)
+            for optimizer in optimizers:
+                optimizer.zero_grad()  # the gradients are then allocated in the graph's own memory
+            with torch.cuda.graph(graph):
+                metrics.update(update(static))
+        for buffer, value in zip(static, batch):
+            buffer.copy_(value)
+        graph.replay()
+        return metrics
+
+    return captured
+
+
+class Run:
+    """What surrounds learning: folder, log, checkpoints, signals, progress bar. It calls nothing of the algorithm.
+
+    A checkpoint contains counters (whole numbers) and parts: modules, optimizers, random generators, and anything else
+    with state_dict and load_state_dict. With --resume, the constructor restores both.
+    """
+
+    FORMAT = 2  # of checkpoint.pt
+
+    def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.args = args
+        self.parts = parts | dict(torch_rng=torch.default_generator)
+        if device.type == "cuda":
+            self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
+        self.counters = counters
+        self.stopped = None  # exit code, when the run is to stop
+        self.finished = False
+        self.deaths = 0  # of environments
+        self.start_time = time.time()
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
+        self.dir = Path(args.resume or f"runs/{name}")
+        with self.disk():
+            self.dir.mkdir(parents=True, exist_ok=args.resume is not None)
+            self.lock = open(self.dir / "lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refuse("resume", self.dir, "another process is working on this run")
+            if args.resume is not None:
+                self.load()
+            self.describe()
+            # What a killed run logged after its last checkpoint is dropped
+            purge_step = self.counters["global_step"] + 1 if args.resume is not None else None
+            self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
+        self.saved_step = self.counters["global_step"]
+        options = dict(unit="step", unit_scale=True, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.saved_step, **options)
+        self.handlers = {n: signal.signal(n, self.request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def say(self, line: str) -> None:
+        """One line on stderr, above the progress bar."""
+        from tqdm import tqdm
+
+        tqdm.write(f"{SCRIPT}.py: {' '.join(line.split())}", file=sys.stderr)
+
+    @contextmanager
+    def disk(self):
+        """Around what reads or writes the folder: a full disk or a vanished folder ends the program with one line."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+            self.say(f"error: cannot write to {self.dir}: {str(error)[:200]}")
+            raise SystemExit(1) from None
+
+    def describe(self) -> None:
+        """Keeps the script, its arguments and the versions of all packages in the folder."""
+        if self.args.resume is None:
+            shutil.copy(__file__, self.dir)
+        versions = {package.name: package.version for package in metadata.distributions()}
+        versions["python"] = sys.version.split()[0]
+        description = dict(script=SCRIPT, action_repeat=ACTION_REPEAT, args=asdict(self.args), versions=versions)
+        save_file(self.dir / "args.json", description)
+        if self.args.track:
+            import wandb
+
+            names = dict(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.dir.name)
+            wandb.init(**names, config=asdict(self.args), sync_tensorboard=True)
+
+    def stop(self, reason: str, exit_code: int) -> None:
+        """From now on `train` saves and ends as soon as it can, with this line and exit code."""
+        if self.stopped is None:
+            self.reason = reason
+            self.stopped = exit_code
+
+    def request_stop(self, number, frame):
+        self.stop(f"stopped by {signal.Signals(number).name}", 128 + number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nsaving; once more to stop at once\n")
+
+    def check_finite(self, metrics: dict, since: int) -> None:
+        """Stops the run if one of the metrics, which were taken since this step, is not a finite number."""
+        for tag, value in metrics.items():
+            if not math.isfinite(value):
+                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+
+    def environment_died(self, error: Exception) -> None:
+        self.deaths += 1
+        self.say(f"an environment's process died ({type(error).__name__}: {str(error)[:200]})")
+        if self.deaths > 3:
+            self.stop("error: an environment's process died for the fourth time", exit_code=1)
+
+    def walltime(self) -> float:
+        """Seconds, those before a resume included."""
+        return time.time() - self.start_time
+
+    def log(self, global_step: int, metrics: dict) -> None:
+        values = {tag: float(value) for tag, value in metrics.items()}
+        with self.disk():
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, global_step)
+
+    def checkpoint_due(self, global_step: int) -> bool:
+        return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
+
+    def save(self, **counters) -> None:
+        content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
+        for name, part in self.parts.items():
+            if name != "replay" or (self.args.checkpoint_replay and not self.finished):
+                content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+        with self.disk():
+            self.writer.flush()
+            save_file(self.dir / "checkpoint.pt", content)
+        self.saved_step = counters["global_step"]
+
+    def load(self) -> None:
+        """Maps the file into memory, so that the replay is not there twice. All else is copied, because Adam keeps the
+        tensors that it is given."""
+        try:
+            content = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+            self.counters = {name: content[name] for name in self.counters}
+            same = content["format"] == self.FORMAT and content["args"] == fixed_args(self.args)
+            if not same or min(self.counters.values()) < 0:
+                raise ValueError("it is one of another run or version")
+            self.start_time -= content["walltime"]
+            for name in self.parts.keys() - ({"replay", "cuda_rng"} - content.keys()):
+                part = self.parts[name]
+                state = content[name] if name == "replay" else copy.deepcopy(content[name])
+                if isinstance(part, torch.optim.Optimizer):  # options like fused and capturable are this run's
+                    state["param_groups"] = part.state_dict()["param_groups"]
+                part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+        except Exception as error:
+            refuse("resume", self.dir, f"has no checkpoint.pt that fits ({type(error).__name__}: {str(error)[:200]})")
+        if self.counters["global_step"] > self.args.total_timesteps:
+            refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
+        if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
+            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+
+    def write_summary(self, module: nn.Module, results: dict) -> None:
+        """The results of a run that took all its steps. module: what --save-model saves."""
+        with self.disk():
+            if self.args.save_model:
+                save_file(self.dir / "model.pt", module.state_dict())
+            save_file(self.dir / "summary.json", results | dict(walltime=self.walltime()))
+        self.finished = True
+        print(f"{self.dir}: mean return {results['eval/episodic_return']:.1f}")
+
+    def close(self) -> None:
+        """Ends the log, and if the run was stopped, the program."""
+        with self.disk():
+            self.writer.close()
+        self.bar.close()
+        self.lock.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.stopped is not None:
+            self.say(f"{self.reason}; saved; to continue: --resume {self.dir}")
+            raise SystemExit(self.stopped)
+
+
+def save_file(path: Path, content) -> None:
+    """Writes a .json or .pt file whole or not at all: a temporary file replaces the old one when it is complete."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        if path.suffix == ".json":
+            temporary.write_text(json.dumps(content, indent=2))
+        else:
+            torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the run has begun ends it without a traceback
+    train(parse_args(sys.argv[1:]))
