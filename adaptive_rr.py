@@ -17,7 +17,7 @@
 then with a high one.
 
 A high replay ratio (gradient steps per agent step) from the start makes the critic lose its plasticity for good; a low
-one leaves data unused. The critic's fraction of active units says when to change (Eq. 1):                      -> `fau`
+one makes poor use of the data. The critic's fraction of active units tells when to switch (Eq. 1):             -> `fau`
     FAU = 1/N sum_n 1[a_n(x) > 0]      a: after the ReLUs of both Q heads; averaged over a training batch
 Every 50 episodes, with Phi the average over the gradient steps of the last episode:                -> `PlateauDetector`
     | Phi - Phi of 50 episodes ago | <= 0.001      then the replay ratio goes from 0.5 to 2, and stays there
@@ -28,7 +28,7 @@ The agent is DrQ-v2 (Yarats et al. 2022); f is its encoder, and o and o' are ran
 
     python adaptive_rr.py --env-id dm_control/quadruped-run-v0      the paper's setting, 3M frames: for a GPU
     python adaptive_rr.py --rr-high 0.5                             plain DrQ-v2; --rr-low 2: at a high replay ratio
-    SCALE=small bash benchmark/adaptive_rr_cpu.sh                   a switch in 40 minutes on a CPU
+    SCALE=small bash benchmark/adaptive_rr_cpu.sh                   the same in small: 40 minutes on a CPU
 
 The detector finds a plateau, not a recovery: it also fires at the early minimum, on a slow decline, after a collapse.
 Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the reasons for them:
@@ -39,8 +39,8 @@ Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the 
  4. The random shift copies whole pixels; the official bilinear interpolation agrees to within 4e-3 of 255.
  5. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
  6. The fraction is summed on the device and read once per episode; officially, every update waits for the GPU.
-Kept as they are: the first check compares with the very first batch; the test is <= (the paper writes <); the ratio
-never goes back. The paper uses "environment step" both for agent steps (replay ratio) and for frames (figures).
+Kept as in the official code: the first check compares with the very first batch; the test is <= (the paper writes <);
+the ratio never goes back. "Environment step" means agent step in the paper's replay ratios, but frame in its figures.
 Resets and ReDo on the same agent (Table 1) are in drqv2_plasticity.py: see its --replay-ratio.
 """
 
@@ -75,13 +75,13 @@ NonNegative = Annotated[float, (0, 1e12)]
 
 @dataclass
 class RunArgs:
-    """What does not change what is learned: a resumed run takes these from the command line."""
+    """Options that do not affect learning: a resumed run may change them."""
 
     resume: str | None = None  # folder of the run to continue; flags that are not given come from its args.json
     total_timesteps: Count = 1_000_000  # steps of the whole run
-    eval_every: Count = 10_000  # steps between evaluations, made at the next end of an episode; always one at the end
-    checkpoint_every: Count = 250_000  # steps between checkpoints, likewise
-    checkpoint_replay: bool = True  # save the replay, too; without it, a resumed run first refills it
+    eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
+    checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
+    checkpoint_replay: bool = True  # save the replay, too, until the run is finished; else a resumed run refills it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -103,7 +103,7 @@ class Args(RunArgs):
     image_size: Annotated[int, (15, 1000)] = 84  # height and width of the frames in pixels
     precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
     total_timesteps: Count = 1_500_500  # steps of the whole run
-    eval_every: Count = 5000  # steps between evaluations, made at the next end of an episode; always one at the end
+    eval_every: Count = 5000  # steps between evaluations, at the next end of an episode; one more at the end
     eval_episodes: Count = 10  # episodes per evaluation, played with the mean action
 
     # DrQ-v2
@@ -113,19 +113,19 @@ class Args(RunArgs):
     batch_size: Count = 256  # transitions per gradient step
     n_step: Count = 3  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
-    tau: Share = 0.01  # share of the online critic that moves into the target critic at each gradient step
+    tau: Share = 0.01  # Polyak coefficient of the target critic, per gradient step
     learning_rate: NonNegative = 1e-4  # Adam's, for encoder, actor and critic
-    feature_dim: Count = 50  # units of the trunks
+    feature_dim: Count = 50  # output units of the trunks
     hidden_dim: Count = 1024  # units of each hidden layer of the heads
     stddev_start: NonNegative = 1.0  # standard deviation of the exploration noise at the beginning
-    stddev_end: NonNegative = 0.1  # and after its linear decay
+    stddev_end: NonNegative = 0.1  # standard deviation of that noise after its linear decay
     stddev_steps: Count = 500_000  # length of the decay in steps
     stddev_clip: NonNegative = 0.3  # bound on the noise in the updates (not when acting)
     shift_pad: Annotated[int, (0, 1000)] = 4  # largest random shift in pixels
 
     # Replay ratio: gradient steps per step
     rr_low: Annotated[float, (1e-6, 1e6)] = 0.5  # replay ratio at first
-    rr_high: Annotated[float, (1e-6, 1e6)] = 2.0  # and after the switch; the same as --rr-low: no switch
+    rr_high: Annotated[float, (1e-6, 1e6)] = 2.0  # replay ratio after the switch; equal to --rr-low: no switch
     rr_switch_step: Annotated[int | None, (1, 10**12)] = None  # switch at this step, not when the critic's FAU settles
     rr_check_episodes: Annotated[int, (2, 10**12)] = 50  # episodes between checks
     rr_threshold: NonNegative = 0.001  # the FAU has settled when two checks differ by at most this
@@ -158,13 +158,13 @@ def episode_seed(*numbers: int) -> int:
 
 
 def random_stream(seed: int, number: int) -> torch.Generator:
-    """Random numbers of their own for one purpose, on the CPU, so that one purpose does not change another."""
+    """A CPU generator of its own for each purpose, so that drawing for one does not change another."""
     return torch.Generator().manual_seed(episode_seed(seed, 2, number))
 
 
 def to_pixels(frame: np.ndarray, image_size: int) -> np.ndarray:
-    """A rendered frame (height, width, 3) -> (3, image_size, image_size); other sizes are averaged over areas."""
-    pixels = frame.transpose(2, 0, 1)
+    """A rendered frame (height, width, 3) -> (3, image_size, image_size); resized by area averaging, if necessary."""
+    pixels = np.ascontiguousarray(frame.transpose(2, 0, 1))
     if pixels.shape[1:] != (image_size, image_size):
         resized = F.interpolate(torch.tensor(pixels[None], dtype=torch.float32), (image_size, image_size), mode="area")
         pixels = resized[0].round().byte().numpy()
@@ -178,7 +178,7 @@ def make_env(env_id: str, image_size: int):
     from gymnasium.wrappers import AddRenderObservation, RescaleAction, TimeLimit, TransformObservation
 
     class ActionRepeat(gymnasium.Wrapper):
-        """Plays an action several times and sums the rewards. All else is from the last of these frames."""
+        """Plays an action several times and sums the rewards. All else comes from the last of these frames."""
 
         def step(self, action):
             total = 0.0
@@ -202,7 +202,7 @@ def make_env(env_id: str, image_size: int):
     else:
         try:
             env = make(**size)
-        except TypeError:  # it cannot choose the size of its frames: to_pixels resizes them
+        except TypeError:  # it takes no size of its frames: to_pixels resizes them
             env = make()
         if env.spec.max_episode_steps is None:
             env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
@@ -247,7 +247,7 @@ class PixelReplay:
             self.start[self.num_starts % self.capacity] = self.num_frames - self.n_step
             self.num_starts += 1
         self.num_frames += 1
-        oldest = self.num_frames - self.capacity  # frame in the full ring; a start needs its whole stack there
+        oldest = self.num_frames - self.capacity  # frame in a full ring; a start needs its whole stack there
         while len(self) and oldest > max(0, self.start[self.oldest_start % self.capacity] - self.stack + 1):
             self.oldest_start += 1
 
@@ -282,7 +282,7 @@ class PixelReplay:
         return self.stacked(first), record[:, 0, 3:], reward, discount, self.stacked(first + self.n_step)
 
     def state_dict(self) -> dict:
-        """The counters, and the filled part of each ring; via NumPy, because torch.save writes all of a view's base."""
+        """The counters, and the filled part of each ring: via NumPy, because torch.save writes whole storages."""
         state = dict(vars(self))
         for name in ("frames", "record", "start"):
             state[name] = torch.from_numpy(state[name][: self.num_frames].cpu().numpy())
@@ -398,7 +398,7 @@ def init_layer(layer: nn.Module) -> None:
 
 
 class DrQv2Agent(nn.Module):
-    """Encoder, actor, critic, and target critic. The target critic too reads the features of the online encoder."""
+    """Encoder, actor, critic, and target critic. The target critic also reads the online encoder's features."""
 
     def __init__(self, action_dim, args):
         super().__init__()
@@ -435,7 +435,7 @@ class PlateauDetector:
     def __init__(self, check_episodes=50, threshold=0.001):
         self.check_episodes = check_episodes
         self.threshold = threshold
-        self.episodes = 0  # whole ones
+        self.episodes = 0  # complete ones so far
         self.reference = math.nan  # what the next check compares with
         self.switched = False  # stays True
 
@@ -461,7 +461,7 @@ class PlateauDetector:
 
 
 def updates_due(step: int, replay_ratio: float) -> int:
-    """Gradient steps to take at this step, so that they come evenly, replay_ratio per step on average."""
+    """Gradient steps to take at this step: replay_ratio on average, spread evenly."""
     return math.ceil((step + 1) * replay_ratio) - math.ceil(step * replay_ratio)
 
 
@@ -486,7 +486,7 @@ def update(agent, optimizers, args, batch: list) -> dict:
     encoder_optimizer, actor_optimizer, critic_optimizer = optimizers
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    with torch.no_grad(), autocast():  # separate from the next region: weights that are cast here get no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
         next_features, _ = agent.encoder(next_obs)
         next_mean, _ = agent.actor(next_features)
         next_action = truncated_normal(next_mean, std, args.stddev_clip)
@@ -604,7 +604,8 @@ def train(args: Args) -> Path:
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
-    learning_from = args.learning_starts if replay.num_frames else global_step + args.learning_starts
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    learning_from = args.learning_starts + max(0, global_step - replay.num_frames)  # later, if the replay is refilled
     first_update = gradient_steps
     envs = Environments(args, 1, run)
     eval_envs = Environments(args, min(args.eval_episodes, os.cpu_count()), run)
@@ -655,7 +656,7 @@ def train(args: Args) -> Path:
             result = envs.step_wait()
             global_step += 1
             run.bar.update()
-            if result is None:  # its process died: the episode ends here, without this step
+            if result is None:  # its process died: the episode ends here, and this step is not stored
                 break
             frame, reward, terminated, truncated, _ = result
             replay.add(action[0], reward[0], terminated[0], frame[0])
@@ -663,23 +664,20 @@ def train(args: Args) -> Path:
             done = terminated[0] or truncated[0]
 
         # After the episode: has the FAU settled? Then log
-        if global_step == start_step:  # there was no episode
+        if global_step == start_step:  # the run stops before its first step
             continue
         episode += 1
         steps, updates = global_step - start_step, gradient_steps - start_update
         metrics = {tag: float(total) / updates for tag, total in sums.items()}
         run.check_finite(metrics, start_step)
         metrics |= {
-            "charts/stddev": stddev_at(global_step, args),
-            "charts/replay_ratio": updates / steps,
-            "charts/gradient_steps": gradient_steps,
-            "charts/frames": global_step * ACTION_REPEAT,
-            "charts/walltime": run.walltime(),
-            "adaptive_rr/switched": switched,
-        }
+            "charts/stddev": stddev_at(global_step, args), "charts/replay_ratio": updates / steps,
+            "charts/gradient_steps": gradient_steps, "charts/frames": global_step * ACTION_REPEAT,
+            "charts/walltime": run.walltime(), "adaptive_rr/switched": switched,
+        }  # fmt: skip
         if updates:
             metrics["adaptive_rr/reference"] = detector.reference
-        if start_update > first_update:  # not the first episode that learns: it warms up and compiles
+        if start_update > first_update:  # without the first episode that learns, which warms up and compiles
             metrics["charts/SPS"] = steps / (time.time() - start_time)
         if done:
             metrics |= {"charts/episodic_return": episode_return, "charts/episodic_length": steps}
@@ -689,7 +687,7 @@ def train(args: Args) -> Path:
                 metrics["adaptive_rr/difference"] = difference
         if detector.switched and not switched and args.rr_switch_step is None:
             run.say(
-                f"the critic's FAU has settled at {detector.reference:.4f}: from now on replay ratio {args.rr_high:g}"
+                f"the critic's FAU has settled at {detector.reference:.4f}; the replay ratio is now {args.rr_high:g}"
             )
         run.log(global_step, metrics)
 
@@ -715,6 +713,8 @@ def check_args(args: Args) -> tuple:
     device, buffer_device = check_devices(args, needed)
     if args.buffer_size < args.n_step + 4:
         refuse("buffer_size", args.buffer_size, f"must be at least --n-step {args.n_step} + 4")
+    if args.total_timesteps <= args.learning_starts:
+        refuse("total_timesteps", args.total_timesteps, f"must be more than --learning-starts {args.learning_starts}")
     if args.rr_switch_step is not None and args.rr_threshold != Args.rr_threshold:
         refuse("rr_threshold", args.rr_threshold, "does nothing with --rr-switch-step")
     try:
@@ -736,8 +736,8 @@ def replay_capacity(args) -> int:
 class Environments:
     """`num_envs` environments, each in a process of its own: step_async starts a step, step_wait ends it.
 
-    If a process dies, reset or step_wait returns None, and the next reset starts new ones. The processes descend from a
-    server that has neither touched the GPU nor opened a renderer.
+    If a process dies, reset or step_wait returns None, and the next reset starts new ones; the fourth time, the run
+    stops. The processes descend from a server that has neither touched the GPU nor opened a renderer.
     """
 
     def __init__(self, args, num_envs: int, run):
@@ -745,6 +745,7 @@ class Environments:
         self.num_envs = num_envs
         self.run = run
         self.envs = None
+        self.deaths = 0
 
     def call(self, method: str, *values, **options):
         try:
@@ -755,7 +756,10 @@ class Environments:
             return self.envs and getattr(self.envs, method)(*values, **options)
         except Exception as error:
             self.close()
-            self.run.environment_died(error)
+            self.deaths += 1
+            self.run.say(f"an environment's process died ({type(error).__name__}: {str(error)[:200]})")
+            if self.deaths > 3:
+                self.run.stop("error: an environment's process died for the fourth time", exit_code=1)
 
     def reset(self, seeds: list) -> tuple | None:
         return self.call("reset", seed=seeds)
@@ -764,7 +768,7 @@ class Environments:
         self.call("step_async", action)
 
     def step_wait(self) -> tuple | None:
-        return self.call("step_wait")
+        return self.call("step_wait", timeout=600)  # seconds; a process that hangs is treated as dead
 
     def close(self) -> None:
         if self.envs is not None:
@@ -816,11 +820,8 @@ def check_values(args: Args) -> None:
     kinds = get_type_hints(Args)
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value, kind = getattr(args, name), kinds[name]
-        if get_origin(kind) is Literal:
-            fits = value in get_args(kind)
-        else:
-            fits = isinstance(value, int | float if kind is float else kind)
-        if not fits:
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        if not (value in choices if choices else isinstance(value, int | float if kind is float else kind)):
             refuse(name, value, f"must be {getattr(kind, '__name__', kind)}")
         for low, high in getattr(hint, "__metadata__", ()):
             if value is not None and not low <= value <= high:  # true for NaN, too
@@ -870,7 +871,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """float32: exact. tf32: faster convolutions and matrix products on a GPU. bfloat16: the update casts them as well.
+    """float32: exact. tf32: faster convolutions and matrix products on a GPU. bfloat16: the update runs under autocast.
 
     On a CPU, products in float32 go through oneDNN instead of MKL (on AMD twice as fast) if its "bf16" mode proves to
     be as exact as float32, which it is on CPUs without bfloat16 matrix units.
@@ -923,7 +924,7 @@ def capture(update, optimizers: list):
 
 
 class Run:
-    """What surrounds learning: folder, log, checkpoints, signals, progress bar. It calls nothing of the algorithm.
+    """Everything around learning: folder, log, checkpoints, signals, progress bar. It calls nothing of the algorithm.
 
     A checkpoint contains counters (whole numbers) and parts: modules, optimizers, random generators, and anything else
     with state_dict and load_state_dict. With --resume, the constructor restores both.
@@ -942,7 +943,6 @@ class Run:
         self.counters = counters
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
-        self.deaths = 0  # of environments
         self.start_time = time.time()
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
         self.dir = Path(args.resume or f"runs/{name}")
@@ -962,7 +962,8 @@ class Run:
         self.saved_step = self.counters["global_step"]
         options = dict(unit="step", unit_scale=True, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         self.bar = tqdm(total=args.total_timesteps, initial=self.saved_step, **options)
-        self.handlers = {n: signal.signal(n, self.request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        self.handlers = {n: signal.signal(n, self.request_stop) for n in numbers}
 
     def say(self, line: str) -> None:
         """One line on stderr, above the progress bar."""
@@ -975,16 +976,16 @@ class Run:
         """Around what reads or writes the folder: a full disk or a vanished folder ends the program with one line."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
-            self.say(f"error: cannot write to {self.dir}: {str(error)[:200]}")
+        except (OSError, RuntimeError) as error:  # torch.save raises the one as the other
+            self.say(f"error: cannot read or write {self.dir}: {str(error)[:200]}")
             raise SystemExit(1) from None
 
     def describe(self) -> None:
-        """Keeps the script, its arguments and the versions of all packages in the folder."""
+        """Stores the script, its arguments and the versions of all packages in the folder."""
         if self.args.resume is None:
             shutil.copy(__file__, self.dir)
         versions = {package.name: package.version for package in metadata.distributions()}
-        versions["python"] = sys.version.split()[0]
+        versions |= dict(python=sys.version.split()[0])
         description = dict(script=SCRIPT, action_repeat=ACTION_REPEAT, args=asdict(self.args), versions=versions)
         save_file(self.dir / "args.json", description)
         if self.args.track:
@@ -1002,19 +1003,16 @@ class Run:
     def request_stop(self, number, frame):
         self.stop(f"stopped by {signal.Signals(number).name}", 128 + number)
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nsaving; once more to stop at once\n")
+        try:
+            os.write(2, b"\nsaving; once more to stop at once\n")
+        except OSError:  # its reader is gone, as after Ctrl-C in "2>&1 | tee": print nothing from now on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics, which were taken since this step, is not a finite number."""
+        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
         for tag, value in metrics.items():
             if not math.isfinite(value):
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
-
-    def environment_died(self, error: Exception) -> None:
-        self.deaths += 1
-        self.say(f"an environment's process died ({type(error).__name__}: {str(error)[:200]})")
-        if self.deaths > 3:
-            self.stop("error: an environment's process died for the fourth time", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1040,8 +1038,8 @@ class Run:
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
-        """Maps the file into memory, so that the replay is not there twice. All else is copied, because Adam keeps the
-        tensors that it is given."""
+        """Maps the file into memory, so that the replay is never there twice. All else is copied, because Adam keeps
+        the very tensors that it is given."""
         try:
             content = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
             self.counters = {name: content[name] for name in self.counters}
@@ -1079,7 +1077,7 @@ class Run:
         self.lock.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.stopped is not None:
+        if self.stopped is not None and not self.finished:
             self.say(f"{self.reason}; saved; to continue: --resume {self.dir}")
             raise SystemExit(self.stopped)
 

@@ -11,8 +11,8 @@
 # ]
 # ///
 """The Dormant Neuron Phenomenon in Deep Reinforcement Learning (Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv
-2302.12902): in deep RL more and more neurons fall silent, the more so the more gradient steps are taken per step of the
-environment. Recycling the dormant neurons (ReDo) keeps the network able to learn.
+2302.12902): in deep RL more and more neurons become inactive, and the more so, the more gradient steps are taken per
+step of the environment. Recycling the dormant neurons (ReDo) keeps the network able to learn.
 
 Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):                          -> `dormant_score`
     s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; the scores' mean is 1
@@ -24,7 +24,7 @@ The agent is DQN: act epsilon-greedily; every 4 steps do 4 x replay ratio gradie
     Huber( q(o_t, a_t),  r_{t+1} + gamma max_a' q_target(o_{t+1}, a') )
 
     SCALE=small bash benchmark/redo_dqn_atari_cpu.sh    DQN and ReDo for 100,000 steps on two CPU cores, 90 minutes:
-                                                        ReDo leaves hardly a neuron dormant; returns tell no difference
+                                                        ReDo leaves hardly a neuron dormant; returns show no difference
     python redo_dqn_atari.py                            ReDo at replay ratio 0.25, 10M steps: for a GPU, not run yet
     SCALE=paper bash benchmark/redo_dqn_atari_fig1_headline.sh    Fig. 1 (paper, IQM over 17 games at replay ratio 1 and
                                                         10M frames: DQN 0.30, ReDo 0.625); others: see README.md
@@ -48,9 +48,9 @@ Differences from the official code (google/dopamine, labs/redo), and the reasons
 10. Where an episode is truncated, its last n - 1 transitions are kept and bootstrap after fewer than n steps;
     officially, they are dropped.
 11. Episodes end after 108,000 frames, as in the paper; in today's Dopamine after 100,000.
-Kept as they are: both Adam moments of recycled weights are zeroed while the step count goes on, so their first updates
-are too large, up to 6.6 times (studies/redo_variants.py has cleaner ways); biases of recycled neurons become 0, with
-their moments kept; the target network is not recycled.
+Kept as in the official code: both Adam moments of recycled weights are zeroed while the step count goes on, so their
+first updates are too large, up to 6.6 times (studies/redo_variants.py has cleaner ways); biases of recycled neurons
+become 0, with their moments kept; the target network is not recycled.
 With --protocol cleanrl (CleanRL's dqn_atari.py), FIRE is pressed for one frame when an episode begins (there 2 x 4
 frames), and for one stored step after a lost life; in games without FIRE that step is a no-op (there neither is
 stored); frame stacks begin with zeros and are not cut at a lost life.
@@ -86,13 +86,13 @@ NonNegative = Annotated[float, (0, 1e12)]
 
 @dataclass
 class RunArgs:
-    """What does not change what is learned: a resumed run takes these from the command line."""
+    """Options that do not affect learning: a resumed run may change them."""
 
     resume: str | None = None  # folder of the run to continue; flags that are not given come from its args.json
     total_timesteps: Count = 1_000_000  # steps of the whole run
-    eval_every: Count = 10_000  # steps between evaluations, made at the next end of an episode; always one at the end
-    checkpoint_every: Count = 250_000  # steps between checkpoints, likewise
-    checkpoint_replay: bool = True  # save the replay, too; without it, a resumed run first refills it
+    eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
+    checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
+    checkpoint_replay: bool = True  # save the replay, too, until the run is finished; else a resumed run refills it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -113,10 +113,10 @@ class Args(RunArgs):
     env_id: str = "ALE/DemonAttack-v5"  # any game of the Arcade Learning Environment: ALE/<Game>-v5
     precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
     total_timesteps: Count = 10_000_000  # steps of the whole run
-    eval_every: Count = 250_000  # steps between evaluations, made at the next end of an episode; always one at the end
+    eval_every: Count = 250_000  # steps between evaluations, at the next end of an episode; one more at the end
 
     # Environment
-    protocol: Literal["dopamine", "cleanrl"] = "dopamine"  # whose defaults; dopamine explores fully until it learns
+    protocol: Literal["dopamine", "cleanrl"] = "dopamine"  # whose defaults; dopamine acts randomly until it learns
     sticky_actions: Share = 0.25  # probability, each frame, that the emulator repeats the previous action
     terminal_on_life_loss: bool = False  # a lost life ends the episode for the learner (the game goes on)
     noop_max: Annotated[int, (0, 27_000)] = 0  # an episode starts with 1 to this many no-op frames; 0: with none
@@ -136,7 +136,7 @@ class Args(RunArgs):
     loss: Literal["huber", "mse"] = "huber"  # of the temporal-difference error
     target_network_frequency: Count = 8000  # steps between copies to the target network
     exploration_steps: Count = 250_000  # length in steps of the linear decay of the exploration, from 1 to end_e
-    end_e: Share = 0.01  # probability of a random action after it
+    end_e: Share = 0.01  # probability of a random action after the decay
 
     # Network
     network: Literal["nature", "resnet"] = "nature"  # 3 convolutions and 512 units, or the IMPALA-like ResNet
@@ -153,13 +153,13 @@ class Args(RunArgs):
     redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # from here on nothing is recycled or reset
     reset_period_gradient_steps: Count = 100_000  # gradient steps between resets of the last two layers
 
-    # What to look at
+    # Evaluation and logging
     eval_steps: Count = 125_000  # steps of an evaluation; every game that was begun is finished
     eval_envs: Annotated[int, (1, 1024)] = 8  # games side by side in an evaluation
     eval_epsilon: Share = 0.001  # probability of a random action in evaluations
     dormant_every: Count = 20_000  # steps between looks at the dormant neurons
     dormant_batch_size: Count = 256  # states that the logged scores are taken over
-    rank_batch_size: Count = 2048  # states for the feature rank, at least twice the above
+    rank_batch_size: Count = 2048  # states for the feature rank, at least twice --dormant-batch-size
     log_every: Count = 1000  # steps between logs of losses
 
 
@@ -188,7 +188,7 @@ def episode_seed(*numbers: int) -> int:
 
 
 def random_stream(seed: int, number: int) -> torch.Generator:
-    """Random numbers of their own for one purpose, on the CPU, so that one purpose does not change another."""
+    """A CPU generator of its own for each purpose, so that drawing for one does not change another."""
     return torch.Generator().manual_seed(episode_seed(seed, 2, number))
 
 
@@ -277,7 +277,7 @@ class FrameReplay:
         self.frames[slot] = torch.from_numpy(frame)
         self.record[slot] = torch.tensor([-1.0, 0.0, 0.0, self.age])
         self.num_frames += 1
-        oldest = self.num_frames - self.capacity  # frame in the full ring; a start needs its whole stack there
+        oldest = self.num_frames - self.capacity  # frame in a full ring; a start needs its whole stack there
         while oldest > 0 and oldest + self.stack - 1 > self.start[self.oldest_start % self.capacity]:
             self.oldest_start += 1
 
@@ -314,7 +314,7 @@ class FrameReplay:
         return self.stacked(first), action, reward, discount, self.stacked(index)
 
     def state_dict(self) -> dict:
-        """The counters, and the filled part of each ring; via NumPy, because torch.save writes all of a view's base."""
+        """The counters, and the filled part of each ring: via NumPy, because torch.save writes whole storages."""
         state = dict(vars(self))
         for name in ("frames", "record", "start"):
             state[name] = torch.from_numpy(state[name][: self.num_frames].cpu().numpy())
@@ -332,7 +332,7 @@ class FrameReplay:
 
 # === Networks =========================================================================================================
 def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """A new weight for a layer, on the CPU, from the distribution that its attribute `init` names (PyTorch's, without).
+    """A new weight for a layer, on the CPU, from the distribution that its attribute `init` names (default: PyTorch's).
 
     xavier: uniform within sqrt(6 / (fan_in + fan_out)); lecun: normal, cut off at 2 standard deviations, of variance
     1 / fan_in; torch: uniform within 1 / sqrt(fan_in), PyTorch's default.
@@ -344,7 +344,7 @@ def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor
     elif kind == "torch":
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
     else:
-        std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # that of the normal before it is cut off
+        std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # of the normal distribution before it is cut off
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
     return weight
 
@@ -389,6 +389,10 @@ class QNetwork(nn.Module):
         """One layer and its activation."""
         return self.activate(self.layers[name](x))
 
+    def q_values(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 has too few digits for values
+            return self.layers["head"](features.float())
+
     def recyclable(self) -> list:
         """[(layer, [the layers that read it])], as `recycle` wants them."""
         return [(self.layers[name], [self.layers[reader]]) for name, reader in self.reader.items()]
@@ -418,7 +422,7 @@ class NatureCNN(QNetwork):
         for name, pad in self.pads.items():
             x = activations[name] = self.hidden(name, x if pad is None else F.pad(x, pad))
         activations["dense"] = self.hidden("dense", x.flatten(1))
-        return self.layers["head"](activations["dense"]), activations
+        return self.q_values(activations["dense"]), activations
 
 
 class ResNet(QNetwork):
@@ -454,11 +458,11 @@ class ResNet(QNetwork):
                 inner = activations[f"{name}_conv1"] = self.hidden(f"{name}_conv1", inner)
                 x = x + self.layers[f"{name}_conv2"](inner)
         activations["dense"] = self.hidden("dense", self.activate(x).flatten(1))
-        return self.layers["head"](activations["dense"]), activations
+        return self.q_values(activations["dense"]), activations
 
 
 class DQNAgent(nn.Module):
-    """The Q-network that learns, and its target: a copy from some steps ago."""
+    """The Q-network that learns, and its target: a copy of it that is renewed from time to time."""
 
     def __init__(self, num_actions, args):
         super().__init__()
@@ -598,7 +602,7 @@ def reset_layers(layers: list, optimizer, generator) -> None:
 
 @torch.no_grad()
 def intervene(q_network, optimizer, replay, gradient_steps: int, args, generator, device) -> dict:
-    """What --method does to the network after this many gradient steps: mostly nothing -> metrics."""
+    """What --method does to the network after this many gradient steps: usually nothing -> metrics."""
     ended = args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps
     if args.method == "reset" and not ended and gradient_steps % args.reset_period_gradient_steps == 0:
         reset_layers([q_network.layers["dense"], q_network.layers["head"]], optimizer, generator)
@@ -627,12 +631,12 @@ def update(agent, optimizer, args, batch: tuple) -> dict:
     obs, action, reward, discount, next_obs = batch
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    with torch.no_grad(), autocast():  # separate from the next region: weights that are cast here get no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
         next_q, _ = agent.target_network(next_obs)
-        target = reward + discount * next_q.float().max(1).values
+        target = reward + discount * next_q.max(1).values
     with autocast():
         q_values, _ = agent.q_network(obs)
-    q = q_values.float().gather(1, action[:, None])[:, 0]
+    q = q_values.gather(1, action[:, None])[:, 0]
     loss = F.smooth_l1_loss(q, target) if args.loss == "huber" else F.mse_loss(q, target)
     optimizer.zero_grad()
     loss.backward()
@@ -726,7 +730,8 @@ def train(args: Args) -> Path:
     parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, look_rng=look_rng, act_rng=act_rng)
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
-    learning_from = args.learning_starts if replay.num_frames else global_step + args.learning_starts
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    learning_from = args.learning_starts + max(0, global_step - replay.num_frames)  # later, if the replay is refilled
     first_update = gradient_steps
 
     while not run.stopped:
@@ -797,7 +802,7 @@ def train(args: Args) -> Path:
         episode += 1
         run.check_finite(metrics, start_step)
         charts = {}
-        if start_update > first_update:  # not the first episode that learns: it warms up and compiles
+        if start_update > first_update:  # without the first episode that learns, which warms up and compiles
             charts["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         if done:
             charts |= {"charts/episodic_return": episode_return, "charts/episodic_length": global_step - start_step}
@@ -825,7 +830,7 @@ def check_args(args: Args) -> tuple:
     }
     devices = check_devices(args, needed)
     defaults = Args(**task_defaults(args))
-    for name in ("redo_tau", "redo_batch_size"):  # the two periods are given to all methods of a sweep
+    for name in ("redo_tau", "redo_batch_size"):  # the two periods may be given to every method of a sweep
         if args.method != "redo" and getattr(args, name) != getattr(defaults, name):
             refuse(name, getattr(args, name), "does nothing without --method redo")
     for name, fine, limit in (
@@ -833,6 +838,7 @@ def check_args(args: Args) -> tuple:
         ("replay_ratio", args.replay_ratio * UPDATE_PERIOD % 1 == 0, f"must be a multiple of {1 / UPDATE_PERIOD}"),
         ("rank_batch_size", args.rank_batch_size >= 2 * args.dormant_batch_size, "must be twice --dormant-batch-size"),
         ("padding", args.padding == "same" or args.network == "nature", "is for --network nature"),
+        ("total_timesteps", args.total_timesteps > args.learning_starts, "must be more than --learning-starts"),
         ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
         ("learning_starts", args.n_step <= args.learning_starts <= args.buffer_size, "must lie between --n-step and "
          "--buffer-size"),
@@ -894,11 +900,8 @@ def check_values(args: Args) -> None:
     kinds = get_type_hints(Args)
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value, kind = getattr(args, name), kinds[name]
-        if get_origin(kind) is Literal:
-            fits = value in get_args(kind)
-        else:
-            fits = isinstance(value, int | float if kind is float else kind)
-        if not fits:
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        if not (value in choices if choices else isinstance(value, int | float if kind is float else kind)):
             refuse(name, value, f"must be {getattr(kind, '__name__', kind)}")
         for low, high in getattr(hint, "__metadata__", ()):
             if value is not None and not low <= value <= high:  # true for NaN, too
@@ -948,7 +951,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """float32: exact. tf32: faster convolutions and matrix products on a GPU. bfloat16: the update casts them as well.
+    """float32: exact. tf32: faster convolutions and matrix products on a GPU. bfloat16: the update runs under autocast.
 
     On a CPU, products in float32 go through oneDNN instead of MKL (on AMD twice as fast) if its "bf16" mode proves to
     be as exact as float32, which it is on CPUs without bfloat16 matrix units.
@@ -1001,7 +1004,7 @@ def capture(update, optimizers: list):
 
 
 class Run:
-    """What surrounds learning: folder, log, checkpoints, signals, progress bar. It calls nothing of the algorithm.
+    """Everything around learning: folder, log, checkpoints, signals, progress bar. It calls nothing of the algorithm.
 
     A checkpoint contains counters (whole numbers) and parts: modules, optimizers, random generators, and anything else
     with state_dict and load_state_dict. With --resume, the constructor restores both.
@@ -1020,7 +1023,6 @@ class Run:
         self.counters = counters
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
-        self.deaths = 0  # of environments
         self.start_time = time.time()
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
         self.dir = Path(args.resume or f"runs/{name}")
@@ -1040,7 +1042,8 @@ class Run:
         self.saved_step = self.counters["global_step"]
         options = dict(unit="step", unit_scale=True, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         self.bar = tqdm(total=args.total_timesteps, initial=self.saved_step, **options)
-        self.handlers = {n: signal.signal(n, self.request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        self.handlers = {n: signal.signal(n, self.request_stop) for n in numbers}
 
     def say(self, line: str) -> None:
         """One line on stderr, above the progress bar."""
@@ -1053,16 +1056,16 @@ class Run:
         """Around what reads or writes the folder: a full disk or a vanished folder ends the program with one line."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
-            self.say(f"error: cannot write to {self.dir}: {str(error)[:200]}")
+        except (OSError, RuntimeError) as error:  # torch.save raises the one as the other
+            self.say(f"error: cannot read or write {self.dir}: {str(error)[:200]}")
             raise SystemExit(1) from None
 
     def describe(self) -> None:
-        """Keeps the script, its arguments and the versions of all packages in the folder."""
+        """Stores the script, its arguments and the versions of all packages in the folder."""
         if self.args.resume is None:
             shutil.copy(__file__, self.dir)
         versions = {package.name: package.version for package in metadata.distributions()}
-        versions["python"] = sys.version.split()[0]
+        versions |= dict(python=sys.version.split()[0])
         description = dict(script=SCRIPT, action_repeat=ACTION_REPEAT, args=asdict(self.args), versions=versions)
         save_file(self.dir / "args.json", description)
         if self.args.track:
@@ -1080,19 +1083,16 @@ class Run:
     def request_stop(self, number, frame):
         self.stop(f"stopped by {signal.Signals(number).name}", 128 + number)
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nsaving; once more to stop at once\n")
+        try:
+            os.write(2, b"\nsaving; once more to stop at once\n")
+        except OSError:  # its reader is gone, as after Ctrl-C in "2>&1 | tee": print nothing from now on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics, which were taken since this step, is not a finite number."""
+        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
         for tag, value in metrics.items():
             if not math.isfinite(value):
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
-
-    def environment_died(self, error: Exception) -> None:
-        self.deaths += 1
-        self.say(f"an environment's process died ({type(error).__name__}: {str(error)[:200]})")
-        if self.deaths > 3:
-            self.stop("error: an environment's process died for the fourth time", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1118,8 +1118,8 @@ class Run:
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
-        """Maps the file into memory, so that the replay is not there twice. All else is copied, because Adam keeps the
-        tensors that it is given."""
+        """Maps the file into memory, so that the replay is never there twice. All else is copied, because Adam keeps
+        the very tensors that it is given."""
         try:
             content = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
             self.counters = {name: content[name] for name in self.counters}
@@ -1157,7 +1157,7 @@ class Run:
         self.lock.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.stopped is not None:
+        if self.stopped is not None and not self.finished:
             self.say(f"{self.reason}; saved; to continue: --resume {self.dir}")
             raise SystemExit(self.stopped)
 

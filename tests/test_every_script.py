@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.tensorboard
-from helpers import TINY, assert_same, checkpoint, run, run_and_replay, scalars, stopped_run, wait_for
+from helpers import TINY, assert_same, checkpoint, ring_of, run, run_and_replay, scalars, stopped_run, wait_for
 from test_drqv2_plasticity_runs import make_serial_envs
 
 import adaptive_rr as rr
@@ -103,6 +103,34 @@ def test_missing_cuda(script, flags, flag, capsys):
     assert stopped.value.code == 2 and f"{flag} cuda: torch sees no such device" in capsys.readouterr().err
 
 
+@new_scripts
+def test_a_refill_that_is_interrupted_goes_on(script, monkeypatch):
+    """Resumed without a replay, a run collects learning_starts steps before it learns, even if stopped meanwhile."""
+    steps, update = [], script.update
+    part = stopped_run(script, 130, *TINY[script], "--total-timesteps", 400, "--no-checkpoint-replay")
+    stopped_run(script, 8, "--resume", part, "--checkpoint-replay")
+    ring = getattr(script, ring_of(script))
+    add, count = ring.add, []
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "add", lambda self, *values: (count.append(0), add(self, *values)))
+        patch.setattr(script, "update", lambda *values: steps.append(len(count)) or update(*values))
+        run(script, "--resume", part)
+    starts = script.parse_args(["--resume", str(part)]).learning_starts
+    assert 0 <= steps[0] - (starts - 8) <= 8
+
+
+@new_scripts
+def test_a_signal_when_nobody_reads_stderr_any_more(script):
+    """As Ctrl-C does with "python ... 2>&1 | tee log": tee dies of it, too."""
+    process = start(script, "--checkpoint-every", "40")
+    wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")), process)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    (run_dir,) = Path("runs").iterdir()
+    assert checkpoint(run_dir)["global_step"] > 0 and not list(run_dir.glob("*.tmp"))
+
+
 @pytest.mark.slow
 @new_scripts
 def test_twenty_kills_leave_the_same_bits(script):
@@ -167,7 +195,7 @@ def test_a_run_folder_that_cannot_be_made(script, flags, capsys):
         with pytest.raises(SystemExit) as stopped:
             run(script, *flags, "--exp-name", name)
         printed = capsys.readouterr().err
-        message = "cannot write to" if script in NEW else "cannot create the folder"
+        message = "cannot read or write" if script in NEW else "cannot create the folder"
         assert stopped.value.code == 2 - (script in NEW) and message in printed and printed.count("\n") == 1
         shutil.rmtree("runs", ignore_errors=True)
         Path("runs").touch()
