@@ -173,7 +173,7 @@ def episode_seed(*numbers: int) -> int:
 
 # === Network ==========================================================================================================
 def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """A new weight for a layer, on the CPU, from the distribution that its attribute `init` names (PyTorch's, without).
+    """A new weight for a layer, on the CPU, from the distribution that its attribute `init` names (default: PyTorch's).
 
     xavier: uniform within sqrt(6 / (fan_in + fan_out)); lecun: normal, cut off at 2 standard deviations, of variance
     1 / fan_in; torch: uniform within 1 / sqrt(fan_in), PyTorch's default.
@@ -185,7 +185,7 @@ def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor
     elif kind == "torch":
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
     else:
-        std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # that of the normal before it is cut off
+        std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # of the normal distribution before it is cut off
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
     return weight
 
