@@ -19,7 +19,7 @@ import torch  # noqa: E402
 @pytest.fixture(autouse=True)
 def clean_slate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     torch.use_deterministic_algorithms(False)
     for number, handler in handlers.items():

@@ -126,7 +126,7 @@ def killed_run(script, step, *flags):
         add(self, *values)
 
     before = set(Path("runs").iterdir()) if Path("runs").exists() else set()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ring, "add", dying)
         run(script, *flags)
