@@ -1,6 +1,5 @@
 """redo_dqn_atari.py through its command line: a real game, counts and schedules, resume, the methods, bad input."""
 
-import gc
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from helpers import ATARI, ATARI_DQN, assert_same, checkpoint, run_and_replay, scalars, stopped_run
+from helpers import ATARI, ATARI_DQN, assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_redo_dqn_atari import FakeGames
 
@@ -32,33 +31,6 @@ def use_fake_games(monkeypatch, **options):
     made = []
     monkeypatch.setattr(redo, "make_envs", lambda args, n, **more: made.append(FakeGames(n, **options)) or made[-1])
     return made
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_run(step, *flags):
-    """The folder of a run that ends during this step as if by SIGKILL: nothing is saved any more."""
-    add, count = redo.FrameReplay.add, []
-
-    def dying(self, *values):
-        count.append(values)
-        if len(count) == step:
-            sys._getframe(1).f_locals["run"].writer.flush()  # so that there is something to drop
-            raise Killed
-        add(self, *values)
-
-    before = set(Path("runs").iterdir()) if Path("runs").exists() else set()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(redo.FrameReplay, "add", dying)
-        run(*flags)
-    for number, handler in handlers.items():  # the dead run's own keep it, and so its lock, alive
-        signal.signal(number, handler)
-    gc.collect()
-    (part,) = set(Path("runs").iterdir()) - before
-    return part
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -175,7 +147,7 @@ def test_a_killed_run_goes_on_bit_identically(flags):
     """Killed in the middle of an episode, and resumed from its last checkpoint: the same as a run of its own."""
     flags = [*flags, "--total-timesteps", 160, "--eval-every", 80, "--log-every", 1, "--dormant-every", 40]
     whole, replay = run_and_replay(redo, *flags)
-    part = killed_run(140, *flags, "--checkpoint-every", 20)
+    part = killed_run(redo, 140, *flags, "--checkpoint-every", 20)
     saved = checkpoint(part)
     assert saved["global_step"] == max(scalars(part)["charts/episodic_length"]) < max(scalars(part)["charts/epsilon"])
     assert saved["gradient_steps"] > 0 and saved["history"]["previous"] and saved["optimizer"]["state"]
