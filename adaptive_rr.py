@@ -56,7 +56,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -811,8 +811,7 @@ def parse_args(command_line: list) -> Args:
 
 def fixed_args(args: Args) -> dict:
     """The arguments that a resumed run keeps."""
-    free = {field.name for field in fields(RunArgs)}
-    return {name: value for name, value in asdict(args).items() if name not in free}
+    return {name: value for name, value in asdict(args).items() if not hasattr(RunArgs, name)}
 
 
 def check_values(args: Args) -> None:
@@ -835,15 +834,12 @@ def check_devices(args: Args, needed: dict) -> tuple:
     for name in ("device", "buffer_device"):
         if not found[getattr(args, name)]:
             refuse(name, getattr(args, name), "torch sees no such device here")
-    device, buffer_device = args.device, args.buffer_device
-    if device == "auto":
-        device = "cuda" if found["cuda"] else "cpu"
-    if buffer_device == "auto":
-        fits = device == "cuda" and sum(needed.values()) < 0.9 * memory("cuda")
-        buffer_device = "cuda" if fits else "cpu"
-    places = {name: buffer_device if name == "buffer_size" else device for name in needed}
+    gpu = found["cuda"] and args.device in ("auto", "cuda")
+    device = ("cuda" if gpu else "cpu") if args.device == "auto" else args.device
+    fits = gpu and sum(needed.values()) < 0.9 * memory("cuda")
+    buffer_device = ("cuda" if fits else "cpu") if args.buffer_device == "auto" else args.buffer_device
     for place in (device, buffer_device):
-        here = {name: needed[name] for name in needed if places[name] == place}
+        here = {k: v for k, v in needed.items() if place == (buffer_device if k == "buffer_size" else device)}
         if sum(here.values()) > memory(place):
             name = max(here, key=here.get)
             sizes = f"about {sum(here.values()) / 1e9:.1f} GB, {place} has {memory(place) / 1e9:.1f} GB"
@@ -899,11 +895,10 @@ def capture(update, optimizers: list):
     4th is captured. A graph keeps addresses: from then on, weights and Adam's state may only be changed in place.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    calls, static, metrics = [], [], {}
+    warm_up, static, metrics = iter(range(3)), [], {}
 
     def captured(batch):
-        calls.append(len(calls))
-        if len(calls) <= 3:
+        if next(warm_up, None) is not None:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 eager = update(batch)
@@ -1086,10 +1081,7 @@ def save_file(path: Path, content) -> None:
     """Writes a .json or .pt file whole or not at all: a temporary file replaces the old one when it is complete."""
     temporary = path.with_suffix(".tmp")
     try:
-        if path.suffix == ".json":
-            temporary.write_text(json.dumps(content, indent=2))
-        else:
-            torch.save(content, temporary)
+        torch.save(content, temporary) if path.suffix == ".pt" else temporary.write_text(json.dumps(content, indent=2))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

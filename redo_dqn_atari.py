@@ -67,7 +67,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -217,7 +217,7 @@ def reset_envs(envs, args, generator, which=None) -> tuple:
     so it draws from a wider range here, and a game whose number is not one of these begins anew.
     """
     which = np.ones(envs.num_envs, bool) if which is None else which
-    fired = args.fire_reset and fire_action(envs) is not None  # for one frame
+    fired = args.fire_reset and fire_action(envs) > 0  # for one frame
     while which.any():
         seeds = torch.randint(2**31, (which.sum(),), generator=generator).numpy()
         obs, info = envs.reset(seed=seeds, options={"reset_mask": which})
@@ -226,15 +226,10 @@ def reset_envs(envs, args, generator, which=None) -> tuple:
     return obs, info
 
 
-def fire_action(envs) -> int | None:
-    """The number of the action FIRE, if the game has it."""
+def fire_action(envs) -> int:
+    """The number of the action FIRE; in a game without it 0, a no-op."""
     names = [action.name for action in envs.ale.get_action_set()]
-    return names.index("FIRE") if "FIRE" in names else None
-
-
-def action_after_life(envs, args) -> int | None:
-    """What the protocol plays after a lost life: FIRE, or in a game without it a no-op; None: the agent chooses."""
-    return (fire_action(envs) or 0) if args.fire_reset else None
+    return names.index("FIRE") if "FIRE" in names else 0
 
 
 # === Replay buffer ====================================================================================================
@@ -675,15 +670,14 @@ def evaluate(q_network, envs, args, number: int, device, run) -> dict | None:
     """
     n = envs.num_envs
     rng = torch.Generator().manual_seed(episode_seed(args.seed, 1, number))
-    after_life = action_after_life(envs, args)
     obs, info = reset_envs(envs, args, rng)
     episode_return, episode_length, steps = np.zeros(n), np.zeros(n, int), np.zeros(n, int)
     running, lost_life = np.ones(n, bool), np.zeros(n, bool)
     finished = []  # (return, length)
     while running.any():
         action = act(q_network, obs, args.eval_epsilon, int(envs.single_action_space.n), rng, device)
-        if after_life is not None:
-            action[lost_life] = after_life
+        if args.fire_reset:
+            action[lost_life] = fire_action(envs)
         lives = info["lives"]
         obs, reward, terminated, truncated, info = envs.step(action)
         if run.stopped:
@@ -711,7 +705,7 @@ def train(args: Args) -> Path:
     seed_everything(args.seed, args.torch_deterministic)
     set_precision(args.precision, device)
     envs, eval_envs = make_envs(args, 1), make_envs(args, args.eval_envs)
-    num_actions, after_life = int(envs.single_action_space.n), action_after_life(envs, args)
+    num_actions = int(envs.single_action_space.n)
     agent = DQNAgent(num_actions, args).to(device, memory_format=torch.channels_last)
     q_network, optimizer = agent.q_network, make_optimizer(agent, args, device)
     replay = FrameReplay(replay_capacity(args), buffer_device, args.n_step, args.gamma)
@@ -758,8 +752,8 @@ def train(args: Args) -> Path:
             # Act: the emulator plays this step in its own thread ...
             epsilon = epsilon_at(global_step, args)
             action = int(act(q_network, obs, epsilon, num_actions, act_rng, device)[0])
-            if lost_life and after_life is not None:
-                action = after_life
+            if lost_life and args.fire_reset:
+                action = fire_action(envs)
             envs.send(np.array([action]))
 
             # Learn: ... while the network learns from the steps before it
@@ -891,8 +885,7 @@ def parse_args(command_line: list) -> Args:
 
 def fixed_args(args: Args) -> dict:
     """The arguments that a resumed run keeps."""
-    free = {field.name for field in fields(RunArgs)}
-    return {name: value for name, value in asdict(args).items() if name not in free}
+    return {name: value for name, value in asdict(args).items() if not hasattr(RunArgs, name)}
 
 
 def check_values(args: Args) -> None:
@@ -915,15 +908,12 @@ def check_devices(args: Args, needed: dict) -> tuple:
     for name in ("device", "buffer_device"):
         if not found[getattr(args, name)]:
             refuse(name, getattr(args, name), "torch sees no such device here")
-    device, buffer_device = args.device, args.buffer_device
-    if device == "auto":
-        device = "cuda" if found["cuda"] else "cpu"
-    if buffer_device == "auto":
-        fits = device == "cuda" and sum(needed.values()) < 0.9 * memory("cuda")
-        buffer_device = "cuda" if fits else "cpu"
-    places = {name: buffer_device if name == "buffer_size" else device for name in needed}
+    gpu = found["cuda"] and args.device in ("auto", "cuda")
+    device = ("cuda" if gpu else "cpu") if args.device == "auto" else args.device
+    fits = gpu and sum(needed.values()) < 0.9 * memory("cuda")
+    buffer_device = ("cuda" if fits else "cpu") if args.buffer_device == "auto" else args.buffer_device
     for place in (device, buffer_device):
-        here = {name: needed[name] for name in needed if places[name] == place}
+        here = {k: v for k, v in needed.items() if place == (buffer_device if k == "buffer_size" else device)}
         if sum(here.values()) > memory(place):
             name = max(here, key=here.get)
             sizes = f"about {sum(here.values()) / 1e9:.1f} GB, {place} has {memory(place) / 1e9:.1f} GB"
@@ -979,11 +969,10 @@ def capture(update, optimizers: list):
     4th is captured. A graph keeps addresses: from then on, weights and Adam's state may only be changed in place.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    calls, static, metrics = [], [], {}
+    warm_up, static, metrics = iter(range(3)), [], {}
 
     def captured(batch):
-        calls.append(len(calls))
-        if len(calls) <= 3:
+        if next(warm_up, None) is not None:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 eager = update(batch)
@@ -1166,10 +1155,7 @@ def save_file(path: Path, content) -> None:
     """Writes a .json or .pt file whole or not at all: a temporary file replaces the old one when it is complete."""
     temporary = path.with_suffix(".tmp")
     try:
-        if path.suffix == ".json":
-            temporary.write_text(json.dumps(content, indent=2))
-        else:
-            torch.save(content, temporary)
+        torch.save(content, temporary) if path.suffix == ".pt" else temporary.write_text(json.dumps(content, indent=2))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

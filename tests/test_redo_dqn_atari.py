@@ -710,8 +710,7 @@ def test_how_episodes_begin_and_what_follows_a_lost_life(game, button):
     before = redo.reset_envs(envs, args, generator)[1]["episode_frame_number"]
     after = [redo.reset_envs(envs, args, generator, np.arange(2) < 1)[1]["episode_frame_number"] for _ in range(2)]
     assert (np.array(after)[:, 1:] == before[1:]).all()  # these games were left alone
-    assert redo.action_after_life(envs, args) == button
-    assert redo.action_after_life(envs, small_args(env_id=args.env_id)) is None
+    assert redo.fire_action(envs) == button
 
 
 class FakeGames:
