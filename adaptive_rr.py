@@ -42,6 +42,8 @@ Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the 
 Kept as in the official code: the first check compares with the very first batch; the test is <= (the paper writes <);
 the ratio never goes back. "Environment step" means agent step in the paper's replay ratios, but frame in its figures.
 Resets and ReDo on the same agent (Table 1) are in drqv2_plasticity.py: see its --replay-ratio.
+Your own environment: --env-id my_module:MyEnv-v0, or `make_env`. Your own intervention: `train`, after `learn`. What is
+saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode, and a resumed run begins the next.
 """
 
 import copy

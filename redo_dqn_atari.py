@@ -54,6 +54,9 @@ become 0, with their moments kept; the target network is not recycled.
 With --protocol cleanrl (CleanRL's dqn_atari.py), FIRE is pressed for one frame when an episode begins (there 2 x 4
 frames), and for one stored step after a lost life; in games without FIRE that step is a no-op (there neither is
 stored); frame stacks begin with zeros and are not cut at a lost life.
+Your own intervention: `intervene`. Your own environment: `make_envs`, `reset_envs`, the network's input, and in `train`
+the clipped reward and the lives. What is saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts the
+episode like a truncation, and a resumed run begins the next.
 """
 
 import copy
