@@ -10,6 +10,7 @@
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
 #     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
 # ]
 # ///
 """Adaptive RR, the method of Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages
@@ -90,9 +91,8 @@ class RunArgs:
     compile: bool = False  # compile the networks
     cudagraphs: bool = False  # capture the whole update in one CUDA graph, and replay it for each batch
     torch_deterministic: bool = False  # deterministic GPU kernels (CPU runs are bit-identical without this)
-    track: bool = False  # log to Weights & Biases, too (install wandb yourself)
-    wandb_project_name: str = "clayrl"  # the Weights & Biases project
-    wandb_entity: str | None = None  # the Weights & Biases user or team
+    capture_video: bool = False  # film an episode of every evaluation: films/<step>.mp4 in the run's folder
+    track: bool = False  # log to Weights & Biases, too: pip install wandb, and set WANDB_PROJECT and WANDB_ENTITY
 
 
 @dataclass
@@ -195,7 +195,8 @@ def make_env(env_id: str, image_size: int):
         os.setpgrp()  # the terminal's Ctrl-C is meant for the learner alone
     size = dict(width=image_size, height=image_size)
     make = partial(gymnasium.make, env_id, render_mode="rgb_array", disable_env_checker=True)
-    if env_id.startswith("dm_control/"):
+    suite = "dm_control" if env_id.startswith("dm_control/") else "gymnasium"
+    if suite == "dm_control":
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")
         import shimmy  # noqa: F401  registers the tasks, and opens the renderer
@@ -208,6 +209,9 @@ def make_env(env_id: str, image_size: int):
             env = make()
         if env.spec.max_episode_steps is None:
             env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
+    if suite == "dm_control" or hasattr(env.unwrapped, "mujoco_renderer"):
+        if vars(sys.modules["mujoco"]).setdefault("first_suite", suite) != suite:
+            raise RuntimeError("dm_control and another MuJoCo renderer in one process draw wrong pictures")
     env = AddRenderObservation(RescaleAction(ActionRepeat(env), -1, 1))
     space = gymnasium.spaces.Box(0, 255, (3, image_size, image_size), np.uint8)
     return TransformObservation(env, partial(to_pixels, image_size=image_size), space)
@@ -393,9 +397,10 @@ class Critic(nn.Module):
 
 
 def init_layer(layer: nn.Module) -> None:
-    """Orthogonal initial weights, times sqrt(2) in convolutions; biases 0."""
+    """Orthogonal initial weights, times sqrt(2) in convolutions; biases 0. The layer remembers how: `layer.init`."""
     if isinstance(layer, nn.Linear | nn.Conv2d):
-        nn.init.orthogonal_(layer.weight, math.sqrt(2) if isinstance(layer, nn.Conv2d) else 1)
+        layer.init = partial(nn.init.orthogonal_, gain=math.sqrt(2) if isinstance(layer, nn.Conv2d) else 1)
+        layer.init(layer.weight)
         nn.init.zeros_(layer.bias)
 
 
@@ -552,6 +557,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
     stop or a process died. `number` seeds the episodes; torch's random numbers are not used."""
     episodes = []  # [return, length, steps with success]
     while len(episodes) < args.eval_episodes:
+        run.bar.set_description(f"evaluating {len(episodes) + 1} of {args.eval_episodes}")
         seeds = [episode_seed(args.seed, 1, number, len(episodes) + i) for i in range(envs.num_envs)]
         result = envs.reset(seeds)
         if result is None:
@@ -560,6 +566,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
         obs = torch.from_numpy(frame).to(device).repeat(1, 3, 1, 1)
         totals = np.zeros((3, envs.num_envs))
         running = np.ones(envs.num_envs, bool)
+        film = [frame[0]]
         while running.any():
             with torch.no_grad():
                 action = agent.mean_action(obs).cpu().numpy()
@@ -572,10 +579,14 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
                 return None
             frame, reward, terminated, truncated, info = result
             obs = torch.cat([obs[:, 3:], torch.from_numpy(frame).to(device)], 1)
+            film.append(frame[0])
             success = np.broadcast_to(info.get("success", 0), running.shape)
             totals += np.stack([reward, running, success]) * running
             running &= ~(terminated | truncated)
         episodes += totals.T.tolist()
+    run.bar.set_description("training")
+    if args.capture_video:
+        run.film(number, [frame.transpose(1, 2, 0) for frame in film[: 1 + int(totals[1, 0])]])
     returns, lengths, successes = np.array(episodes[: args.eval_episodes]).T
     metrics = {"eval/episodic_return": float(returns.mean()), "eval/episodic_length": float(lengths.mean())}
     if "success" in info:
@@ -956,6 +967,8 @@ class Run:
             # What a killed run logged after its last checkpoint is dropped
             purge_step = self.counters["global_step"] + 1 if args.resume is not None else None
             self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
+            rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
         self.saved_step = self.counters["global_step"]
         options = dict(unit="step", unit_scale=True, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         self.bar = tqdm(total=args.total_timesteps, initial=self.saved_step, **options)
@@ -988,8 +1001,7 @@ class Run:
         if self.args.track:
             import wandb
 
-            names = dict(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.dir.name)
-            wandb.init(**names, config=asdict(self.args), sync_tensorboard=True)
+            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""
@@ -1020,6 +1032,18 @@ class Run:
         with self.disk():
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, global_step)
+
+    def film(self, global_step: int, frames: list) -> None:
+        """Writes frames (height, width, 3) uint8 to films/<step>.mp4; TensorBoard shows where."""
+        from moviepy import ImageSequenceClip
+
+        path = self.dir / "films" / f"{global_step}.mp4"
+        height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
+        with self.disk():
+            path.parent.mkdir(exist_ok=True)
+            clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
+            clip.write_videofile(str(path), logger=None)
+            self.writer.add_text("eval/film", str(path), global_step)
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every

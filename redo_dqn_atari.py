@@ -8,6 +8,7 @@
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
 #     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
 # ]
 # ///
 """The Dormant Neuron Phenomenon in Deep Reinforcement Learning (Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv
@@ -102,9 +103,8 @@ class RunArgs:
     compile: bool = False  # compile the networks
     cudagraphs: bool = False  # capture the whole update in one CUDA graph, and replay it for each batch
     torch_deterministic: bool = False  # deterministic GPU kernels (CPU runs are bit-identical without this)
-    track: bool = False  # log to Weights & Biases, too (install wandb yourself)
-    wandb_project_name: str = "clayrl"  # the Weights & Biases project
-    wandb_entity: str | None = None  # the Weights & Biases user or team
+    capture_video: bool = False  # film an episode of every evaluation: films/<step>.mp4 in the run's folder
+    track: bool = False  # log to Weights & Biases, too: pip install wandb, and set WANDB_PROJECT and WANDB_ENTITY
 
 
 @dataclass
@@ -173,6 +173,7 @@ CLEANRL = dict(
 )  # fmt: skip
 SCRIPT, ACTION_REPEAT = "redo_dqn_atari", 4
 UPDATE_PERIOD = 4  # steps between bursts of gradient steps
+INITS = dict(xavier=nn.init.xavier_uniform_, torch=partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
 TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons; overlaps use the first
 
 
@@ -330,21 +331,16 @@ class FrameReplay:
 
 # === Networks =========================================================================================================
 def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """A new weight for a layer, on the CPU, from the distribution that its attribute `init` names (default: PyTorch's).
+    """A new weight for a layer, on the CPU. The layer's attribute `init` draws it, a function like those of nn.init; a
+    layer without one gets PyTorch's default, uniform within 1 / sqrt(fan_in)."""
+    draw = getattr(layer, "init", partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+    return draw(torch.empty(layer.weight.shape), generator=generator)
 
-    xavier: uniform within sqrt(6 / (fan_in + fan_out)); lecun: normal, cut off at 2 standard deviations, of variance
-    1 / fan_in; torch: uniform within 1 / sqrt(fan_in), PyTorch's default.
-    """
-    weight = torch.empty(layer.weight.shape)
-    kind = getattr(layer, "init", "torch")
-    if kind == "xavier":
-        nn.init.xavier_uniform_(weight, generator=generator)
-    elif kind == "torch":
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-    else:
-        std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # of the normal distribution before it is cut off
-        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-    return weight
+
+def lecun_normal_(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Normal, of variance 1 / fan_in, cut off at 2 standard deviations."""
+    std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # of the normal distribution before it is cut off
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple:
@@ -368,8 +364,8 @@ class QNetwork(nn.Module):
         self.layers = nn.ModuleDict()
         self.reader = {}
 
-    def add(self, name: str, layer: nn.Module, init: str | None = None) -> None:
-        layer.init = init or self.init
+    def add(self, name: str, layer: nn.Module, init=None) -> None:
+        layer.init = init or INITS[self.init]
         self.layers[name] = layer
 
     def neurons(self, count: int) -> int:
@@ -380,7 +376,7 @@ class QNetwork(nn.Module):
         for layer in self.layers.values():
             layer.weight.copy_(initial_weight(layer, generator))
             layer.bias.zero_()
-            if layer.init == "torch":
+            if layer.init is INITS["torch"]:
                 layer.bias.uniform_(-1, 1, generator=generator).div_(math.sqrt(layer.weight[0].numel()))
 
     def hidden(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -437,8 +433,8 @@ class ResNet(QNetwork):
             size = -(-size // 2)
             for block in (1, 2):
                 inner, outer = (f"stack{stack}_block{block}_conv{i}" for i in (1, 2))
-                self.add(inner, nn.Conv2d(channels, channels, 3, padding=1), "lecun")
-                self.add(outer, nn.Conv2d(channels, channels, 3, padding=1), "lecun")
+                self.add(inner, nn.Conv2d(channels, channels, 3, padding=1), lecun_normal_)
+                self.add(outer, nn.Conv2d(channels, channels, 3, padding=1), lecun_normal_)
                 self.reader[inner] = outer
         self.add("dense", nn.Linear(channels * size * size, self.neurons(512)))
         self.add("head", nn.Linear(self.neurons(512), num_actions))
@@ -676,7 +672,8 @@ def evaluate(q_network, envs, args, number: int, device, run) -> dict | None:
     obs, info = reset_envs(envs, args, rng)
     episode_return, episode_length, steps = np.zeros(n), np.zeros(n, int), np.zeros(n, int)
     running, lost_life = np.ones(n, bool), np.zeros(n, bool)
-    finished = []  # (return, length)
+    run.bar.set_description("evaluating")
+    finished, film = [], []  # [(return, length)]; frames of the first game
     while running.any():
         action = act(q_network, obs, args.eval_epsilon, int(envs.single_action_space.n), rng, device)
         if args.fire_reset:
@@ -685,6 +682,8 @@ def evaluate(q_network, envs, args, number: int, device, run) -> dict | None:
         obs, reward, terminated, truncated, info = envs.step(action)
         if run.stopped:
             return None
+        if args.capture_video and steps[0] == episode_length[0]:
+            film.append(np.repeat(obs[0, -1, :, :, None], 3, 2))
         episode_return += reward
         episode_length += 1
         steps += 1
@@ -695,6 +694,10 @@ def evaluate(q_network, envs, args, number: int, device, run) -> dict | None:
             running &= ~done | (steps < args.eval_steps / n)
             episode_return[done], episode_length[done], lost_life[done] = 0, 0, False
             obs, info = reset_envs(envs, args, rng, done)
+            run.bar.set_description(f"evaluating: {len(finished)} games over")
+    run.bar.set_description("training")
+    if args.capture_video:
+        run.film(number, film)
     returns, lengths = np.array(finished, float).T
     return {
         "eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean(), "eval/episodes": len(returns),
@@ -1031,6 +1034,8 @@ class Run:
             # What a killed run logged after its last checkpoint is dropped
             purge_step = self.counters["global_step"] + 1 if args.resume is not None else None
             self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
+            rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
         self.saved_step = self.counters["global_step"]
         options = dict(unit="step", unit_scale=True, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         self.bar = tqdm(total=args.total_timesteps, initial=self.saved_step, **options)
@@ -1063,8 +1068,7 @@ class Run:
         if self.args.track:
             import wandb
 
-            names = dict(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.dir.name)
-            wandb.init(**names, config=asdict(self.args), sync_tensorboard=True)
+            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""
@@ -1095,6 +1099,18 @@ class Run:
         with self.disk():
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, global_step)
+
+    def film(self, global_step: int, frames: list) -> None:
+        """Writes frames (height, width, 3) uint8 to films/<step>.mp4; TensorBoard shows where."""
+        from moviepy import ImageSequenceClip
+
+        path = self.dir / "films" / f"{global_step}.mp4"
+        height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
+        with self.disk():
+            path.parent.mkdir(exist_ok=True)
+            clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
+            clip.write_videofile(str(path), logger=None)
+            self.writer.add_text("eval/film", str(path), global_step)
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every

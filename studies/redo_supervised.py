@@ -52,6 +52,7 @@ import sys
 import tarfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
@@ -85,7 +86,7 @@ class Args:
     learning_rate: NonNegative = 0.01  # SGD's
     momentum: Annotated[float, (0, 1)] = 0.9  # SGD's
     downsampling: Literal["stride", "pool"] = "stride"  # of the convolutions: by a stride of 2, or 2 x 2 max-pooling
-    init: Literal["xavier", "lecun", "torch"] = "torch"  # initial weights: see initial_weight
+    init: Literal["xavier", "lecun", "torch"] = "torch"  # distribution of the initial weights: see INITS
     normalise: bool = False  # pixels with mean 0 and variance 1 in each channel; without: between 0 and 1
 
     # dormant neurons
@@ -173,21 +174,20 @@ def episode_seed(*numbers: int) -> int:
 
 # === Network ==========================================================================================================
 def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """A new weight for a layer, on the CPU, from the distribution that its attribute `init` names (default: PyTorch's).
+    """A new weight for a layer, on the CPU. The layer's attribute `init` draws it, a function like those of nn.init; a
+    layer without one gets PyTorch's default, uniform within 1 / sqrt(fan_in)."""
+    draw = getattr(layer, "init", partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+    return draw(torch.empty(layer.weight.shape), generator=generator)
 
-    xavier: uniform within sqrt(6 / (fan_in + fan_out)); lecun: normal, cut off at 2 standard deviations, of variance
-    1 / fan_in; torch: uniform within 1 / sqrt(fan_in), PyTorch's default.
-    """
-    weight = torch.empty(layer.weight.shape)
-    kind = getattr(layer, "init", "torch")
-    if kind == "xavier":
-        nn.init.xavier_uniform_(weight, generator=generator)
-    elif kind == "torch":
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-    else:
-        std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # of the normal distribution before it is cut off
-        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-    return weight
+
+def lecun_normal_(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Normal, of variance 1 / fan_in, cut off at 2 standard deviations."""
+    std = math.sqrt(1 / weight[0].numel()) / 0.87962566  # of the normal distribution before it is cut off
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+
+INITS = dict(xavier=nn.init.xavier_uniform_, torch=partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+INITS["lecun"] = lecun_normal_
 
 
 class ConvNet(nn.Module):
@@ -209,7 +209,7 @@ class ConvNet(nn.Module):
         self.layers["dense"] = nn.Linear(channels * height * width, 128)
         self.layers["head"] = nn.Linear(128, CLASSES)
         for layer in self.layers.values():
-            layer.init = init
+            layer.init = INITS[init]
             layer.weight.data.copy_(initial_weight(layer, generator))
             nn.init.zeros_(layer.bias)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.utils.tensorboard
 from helpers import TINY, assert_same, checkpoint, ring_of, run, run_and_replay, scalars, stopped_run, wait_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_drqv2_plasticity_runs import make_serial_envs
 
 import adaptive_rr as rr
@@ -225,12 +226,27 @@ def test_same_seed_same_bits_other_seed_other_bits(script, flags):
 def test_track_starts_a_weights_and_biases_run(script, flags, monkeypatch):
     wandb = unittest.mock.MagicMock(__spec__=True)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run_dir = run(script, *flags, "--track", "--wandb-project-name", "mine", "--wandb-entity", "us")
+    run_dir = run(script, *flags, "--track")
     (call,) = wandb.init.call_args_list
-    assert (call.kwargs["project"], call.kwargs["entity"], call.kwargs["name"]) == ("mine", "us", run_dir.name)
-    assert call.kwargs["sync_tensorboard"] and call.kwargs["config"]["seed"] == 1
+    assert (
+        call.kwargs["name"] == run_dir.name and call.kwargs["sync_tensorboard"] and call.kwargs["config"]["seed"] == 1
+    )
     run(script, *flags)
     assert wandb.init.call_count == 1
+
+
+@new_scripts
+def test_a_film_of_every_evaluation(script):
+    """And TensorBoard says where they lie, and what the flags were."""
+    run_dir = run(script, *TINY[script], "--capture-video")
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    where = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("eval/film/text_summary")]
+    evaluations = scalars(run_dir)["eval/episodic_return"]
+    assert where == [str(run_dir / "films" / f"{step}.mp4") for step in evaluations]
+    assert all(b"ftyp" in Path(path).read_bytes()[:16] for path in where)
+    (table,) = events.Tensors("hyperparameters/text_summary")
+    assert b"|capture_video|True|" in table.tensor_proto.string_val[0]
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------

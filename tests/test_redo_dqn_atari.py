@@ -164,9 +164,9 @@ def test_initial_distributions():
     layer = nn.Conv2d(64, 256, 3)
     fan_in, fan_out = 64 * 9, 256 * 9
     for kind, bound, std in (
-        ("xavier", (6 / (fan_in + fan_out)) ** 0.5, (2 / (fan_in + fan_out)) ** 0.5),
-        ("torch", fan_in**-0.5, (3 * fan_in) ** -0.5), (None, fan_in**-0.5, (3 * fan_in) ** -0.5),
-        ("lecun", 2 * fan_in**-0.5 / 0.8796, fan_in**-0.5),
+        (redo.INITS["xavier"], (6 / (fan_in + fan_out)) ** 0.5, (2 / (fan_in + fan_out)) ** 0.5),
+        (redo.INITS["torch"], fan_in**-0.5, (3 * fan_in) ** -0.5), (None, fan_in**-0.5, (3 * fan_in) ** -0.5),
+        (redo.lecun_normal_, 2 * fan_in**-0.5 / 0.8796, fan_in**-0.5),
     ):  # fmt: skip
         if kind is not None:
             layer.init = kind

@@ -141,7 +141,7 @@ def test_forget_leaves_counters_and_other_weights():
 def test_redraw_follows_the_initial_distribution():
     layer, reader = nn.Linear(300, 400).requires_grad_(False), nn.Linear(400, 1)
     for init, bound in (("torch", 300**-0.5), ("xavier", (6 / 700) ** 0.5)):
-        layer.init = init
+        layer.init = study.INITS[init]
         recycle([(layer, [reader])], [torch.zeros(1, 400)], torch.optim.SGD(layer.parameters()), 0, generator(1))
         assert layer.weight.abs().max() == pytest.approx(bound, rel=1e-3) and not layer.bias.any()
         assert layer.weight.std() == pytest.approx(bound / 3**0.5, rel=0.01) and not reader.weight.any()
