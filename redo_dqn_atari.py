@@ -585,13 +585,21 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
 
 
 @torch.no_grad()
-def reset_layers(layers: list, optimizer, generator) -> None:
-    """Resets whole layers (Nikishin et al. 2022), in place: new weights, biases 0, and the optimizer forgets both."""
+def reset_layers(layers, optimizers: list, generator, step_counts: bool = False) -> None:
+    """Resets layers (Nikishin et al. 2022), in place: new weights, biases 0, scales of norms 1. The optimizers forget
+    their averages of them; with step_counts, they also count their steps from 0 again. layers: as from
+    `module.modules()`; what has no weights of its own is left alone."""
     for layer in layers:
-        layer.weight.copy_(initial_weight(layer, generator))
-        layer.bias.zero_()
-        for parameter in (layer.weight, layer.bias):
-            forget(optimizer, parameter, torch.ones_like(parameter, dtype=torch.bool))
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.weight.copy_(initial_weight(layer, generator))
+            layer.bias.zero_()
+        elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
+            layer.reset_parameters()
+        for parameter in layer.parameters(recurse=False):
+            for optimizer in optimizers:
+                for value in optimizer.state.get(parameter, {}).values():
+                    if value.dim() or step_counts:
+                        value.zero_()
 
 
 @torch.no_grad()
@@ -599,7 +607,7 @@ def intervene(q_network, optimizer, replay, gradient_steps: int, args, generator
     """What --method does to the network after this many gradient steps: usually nothing -> metrics."""
     ended = args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps
     if args.method == "reset" and not ended and gradient_steps % args.reset_period_gradient_steps == 0:
-        reset_layers([q_network.layers["dense"], q_network.layers["head"]], optimizer, generator)
+        reset_layers([q_network.layers["dense"], q_network.layers["head"]], [optimizer], generator)
         return {"plasticity/reset": 1}
     if args.method == "redo" and not ended and gradient_steps % args.redo_period_gradient_steps == 0:
         obs = replay.sample(args.redo_batch_size, generator)[0].to(device)

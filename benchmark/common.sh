@@ -84,18 +84,28 @@ DRQ_SMOKE="--learning-starts 100 --exploration-steps 100 --image-size 36 --hidde
   --stddev-steps 200 --eval-episodes 1 --buffer-size 1000"
 DRQ_SMALL="--total-timesteps 150000 --eval-every 15000 --eval-episodes 5"
 
-pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags and a third of the training for this SCALE
+pixel_tiers() { # pixel_tiers "TASKS at paper scale": sets seeds, envs, flags, the steps of a run and about a third of them
   local tasks=$1
   case $SCALE in
     smoke)
-      seeds=1 tasks=cartpole-balance third=150
-      flags="$DRQ_SMOKE --total-timesteps 300 --eval-every 300 --log-every 50 --plasticity-every 50
-        --plasticity-batch-size 64"
+      seeds=1 tasks=cartpole-balance steps=1200 third=600
+      flags="$DRQ_SMOKE --total-timesteps 1200 --eval-every 600 --plasticity-every 500 --plasticity-batch-size 64"
       ;;
-    small) seeds=1 tasks=${1%% *} flags=$DRQ_SMALL third=50000 ;;
-    paper) seeds="1 2 3 4 5" flags="" third=500000 ;;
+    small) seeds=1 tasks=${1%% *} flags=$DRQ_SMALL steps=150000 third=50000 ;;
+    paper) seeds="1 2 3 4 5" flags="" steps=1500500 third=500000 ;; # of a task of medium difficulty
   esac
   envs=$(printf "dm_control/%s-v0 " $tasks)
+}
+
+reset_arms() { # reset_arms STEPS "NUMBERS": so many resets in a run of STEPS, equally far apart; Figs. 1, 12 and 13
+  local number every
+  echo "augmentation"
+  echo "plain --no-augmentation"
+  for number in $2; do
+    every=$((($1 + number) / (number + 1)))
+    echo "augmentation-reset$number --reset-every $every"
+    echo "plain-reset$number --no-augmentation --reset-every $every"
+  done
 }
 
 injection_arms() { # Figs. 5 and 16, after pixel_tiers

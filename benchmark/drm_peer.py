@@ -82,10 +82,10 @@ def main() -> None:
         args = peer.drq.Args(learning_rate=1e-4, feature_dim=50, **flags)
         torch.manual_seed(0)
         agent = peer.drq.DrQv2Agent(ACTION_DIM, args).to(device, memory_format=torch.channels_last)
-        optimizers = peer.drq.drqv2_optimizers(agent, args, torch.device(device))
+        optimizers = peer.drq.make_optimizers(agent, args, torch.device(device))
 
         def step():
-            metrics = peer.drq.drqv2_update(agent, optimizers, [*augmented(), torch.ones((), device=device)], args)
+            metrics = peer.drq.update(agent, optimizers, args, [*augmented(), torch.ones((), device=device)])
             return metrics["losses/critic"], metrics["losses/actor"]
 
         return step

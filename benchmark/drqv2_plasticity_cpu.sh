@@ -4,8 +4,8 @@
 source "$(dirname "$0")/common.sh"
 
 envs=dm_control/cartpole-balance-v0 seeds=1
-flags="--total-timesteps 20000 --batch-size 64 --amp --eval-every 2000 --eval-episodes 4 --plasticity-every 1000
-  --log-every 250"
+flags="--total-timesteps 20000 --batch-size 64 --precision bfloat16 --eval-every 2000 --eval-episodes 4
+  --plasticity-every 1000"
 [ "$SCALE" != smoke ] || pixel_tiers cartpole-balance
 [ "$SCALE" != paper ] || seeds="1 2 3"
 sweep drqv2_plasticity.py drqv2_cpu "$envs" "$seeds" $flags < <(

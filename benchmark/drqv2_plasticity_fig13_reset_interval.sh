@@ -4,18 +4,7 @@
 source "$(dirname "$0")/common.sh"
 
 pixel_tiers "quadruped-run walker-run"
-sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
-  echo "augmentation"
-  echo "plain --no-augmentation"
-  echo "augmentation-reset1 --reset-times 1"
-  echo "plain-reset1 --no-augmentation --reset-times 1"
-  echo "augmentation-reset4 --reset-times 4"
-  echo "plain-reset4 --no-augmentation --reset-times 4"
-  echo "augmentation-reset9 --reset-times 9"
-  echo "plain-reset9 --no-augmentation --reset-times 9"
-  echo "augmentation-reset19 --reset-times 19"
-  echo "plain-reset19 --no-augmentation --reset-times 19"
-)
+sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(reset_arms $steps "1 4 9 19")
 draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs \
   --arms augmentation plain augmentation-reset1 plain-reset1 augmentation-reset4 plain-reset4 augmentation-reset9 plain-reset9 augmentation-reset19 plain-reset19 \
   --tags return

@@ -10,7 +10,7 @@ sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "augmentation"
   echo "plain --no-augmentation"
   echo "layer-norm --no-augmentation --layer-norm"
-  echo "crelu --no-augmentation --crelu full"
+  echo "crelu --no-augmentation --crelu"
   echo "shrink-perturb --no-augmentation --shrink-perturb-every $((third / 5))"
   echo "l2-init --no-augmentation --l2-init 1e-2"
   echo "spectral-norm --no-augmentation --spectral-norm head"

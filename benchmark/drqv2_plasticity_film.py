@@ -21,15 +21,12 @@ def film(run_dir: Path, size: int = 336, max_steps: int = 1000) -> Path:
     it, one for the agent and one for the camera."""
     description = json.loads((run_dir / "args.json").read_text())
     script = importlib.import_module(description["script"])
-    args = script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in description["args"].items()})
+    args = script.Args(**description["args"])
     env, camera = script.make_env(args.env_id, args.image_size), script.make_env(args.env_id, size)
     checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
     agent = getattr(script, "DrMAgent", script.DrQv2Agent)(env.action_space.shape[0], args)
     if description["script"] == "drqv2_plasticity":
-        script.intervene_at_start(agent, args)
-        for name in args.injection if checkpoint["injected"] else ():
-            optimizers = script.drqv2_optimizers(agent, args, torch.device("cpu"))
-            script.inject_plasticity(agent, optimizers, name, None, None)
+        script.prepare(agent, args)
     agent.load_state_dict(checkpoint["agent"])
     seed = script.episode_seed(args.seed, 2, 0)
     (frame, _), (picture, _) = env.reset(seed=seed), camera.reset(seed=seed)

@@ -4,7 +4,7 @@
     python benchmark/drqv2_plasticity_peer.py drqv2 --out runs/figures/drqv2_peer
 
 Both get the same weights, batch and random numbers, in turn, in the same process; official: agent.update on a batch of
-NumPy arrays, augmentation and metrics included; ours: random_shift and drqv2_update on a batch of tensors. Drawing the
+NumPy arrays, augmentation and metrics included; ours: random_shift and update on a batch of tensors. Drawing the
 batch from the replay is in neither.
 """
 
@@ -13,6 +13,7 @@ import csv
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +45,15 @@ def make_ours(official, action_dim, device, **options) -> tuple:
     ):  # fmt: skip
         ours.load_state_dict({k.replace("Q", "q"): v for k, v in theirs.state_dict().items()})
     agent.to(device, memory_format=torch.channels_last)
-    return agent, drq.drqv2_optimizers(agent, args, torch.device(device)), args
+    return agent, drq.make_optimizers(agent, args, torch.device(device)), args
 
 
 def set_matmul(fast: bool) -> None:
     """On a CPU our scripts take oneDNN for float32 matrix products, where it is as exact; the official ones do not."""
-    torch.set_float32_matmul_precision("highest")  # undoes what fast_cpu sets
+    torch.set_float32_matmul_precision("highest")  # undoes what set_precision sets
     torch.set_flush_denormal(False)
     if fast:
-        drq.fast_cpu()
+        drq.set_precision("float32", torch.device("cpu"))
 
 
 def compare(variants: dict, size: int, options) -> None:
@@ -121,26 +122,26 @@ def main() -> None:
         metrics = official.update(iter([arrays]), 0)
         return metrics["critic_loss"], metrics["actor_loss"]
 
-    def our_step(agent, optimizers, args, step=None):
-        batch = [drq.random_shift(obs, 4), action, reward[:, 0], discount[:, 0], drq.random_shift(next_obs, 4)]
-        batch.append(torch.full((), STDDEV, device=device))
-        metrics = step(batch) if step else drq.drqv2_update(agent, optimizers, batch, args)
-        return metrics["losses/critic"], metrics["losses/actor"]
+    def prepared(**flags):
+        agent, optimizers, args = make_ours(official, action_dim, device, **flags)
+        learn = partial(drq.update, agent, optimizers, args)
+        if args.cudagraphs:
+            learn = drq.capture(learn, optimizers)
 
-    def prepared(captured=False, **flags):
-        ours = make_ours(official, action_dim, device, **flags)
-        step = None
-        if captured:
-            batch = [obs, action, reward[:, 0], discount[:, 0], next_obs, torch.full((), STDDEV, device=device)]
-            step = drq.capture_update(drq.drqv2_update, *ours[:2], batch, ours[2])
-        return lambda: our_step(*ours, step)
+        def our_step():
+            batch = [drq.random_shift(obs, 4), action, reward[:, 0], discount[:, 0], drq.random_shift(next_obs, 4)]
+            metrics = learn([*batch, torch.full((), STDDEV, device=device)])
+            return metrics["losses/critic"], metrics["losses/actor"]
 
-    variants = {"official": official_step, "ours, float32": prepared(), "ours, bfloat16": prepared(amp=True)}
+        return our_step
+
+    variants = {"official": official_step, "ours, float32": prepared(precision="float32")}
+    variants["ours, bfloat16"] = prepared(precision="bfloat16")
     if options.no_bfloat16:
         variants = {name: step for name, step in variants.items() if "bfloat16" not in name}
     if device == "cuda":
-        variants["ours, float32, captured"] = prepared(True, cudagraphs=True)
-        variants["ours, bfloat16, captured"] = prepared(True, cudagraphs=True, amp=True)
+        variants["ours, float32, captured"] = prepared(precision="float32", cudagraphs=True)
+        variants["ours, bfloat16, captured"] = prepared(precision="bfloat16", cudagraphs=True)
     compare(variants, size, options)
 
 

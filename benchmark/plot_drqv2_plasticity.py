@@ -143,6 +143,8 @@ def note_of(rows, stars=STARS) -> str:
     notes += ["Bands: 95% bootstrap intervals over seeds."] * any(kind not in (1, "paper", "event") for kind in kinds)
     notes += [f"Stars: {stars}."] * ("paper" in kinds)
     notes += ["Dotted: resets, perturbations, injections."] * ("event" in kinds)
+    jump = any("inject" in str(row["arm"]) and row["tag"] == "fau/critic" for row in rows)
+    notes += ["After an injection, only the new head counts as active or not: the FAU jumps."] * jump
     return " ".join([*notes, "Axes need not start at 0."])
 
 

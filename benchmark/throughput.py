@@ -142,8 +142,8 @@ def measure_pixel_update(script, batch_size, variant, options) -> dict:
         args, update, agent = drm.Args(**drm.MEDIUM, **VARIANTS[variant]), drm.drm_update, drm.DrMAgent
         optimizers, clock = drm.drm_optimizers, torch.full((), 3000, dtype=torch.float64, device=device)
     else:
-        args = drq.Args(learning_rate=1e-4, feature_dim=50, **VARIANTS[variant])
-        update, agent, optimizers = drq.drqv2_update, drq.DrQv2Agent, drq.drqv2_optimizers
+        args = drq.Args(**options_of(variant, drq))
+        update, agent, optimizers = drq.update, drq.DrQv2Agent, drq.make_optimizers
         clock = torch.full((), 0.5, device=device)
     agent = agent(6, args).to(device, memory_format=torch.channels_last)
     if args.compile:
@@ -200,8 +200,8 @@ RUNS = {
     "crl_deep": (crl, 8, 100_000, f"--env-id point_u_maze --eval-every {NEVER} --eval-episodes 8"),
     "redo_dqn_atari": (redo, 5, 1000, f"--learning-starts 1000 --buffer-size 5000 --max-episode-steps 200 --eval-every "
                        f"{NEVER} --eval-steps 1 --eval-envs 1 --dormant-every {NEVER} --no-checkpoint-replay"),
-    "drqv2_plasticity": (drq, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
-    "adaptive_rr": (rr, 25, 300, f"{PIXEL_RUN} --rr-high 0.5"),  # it logs once per episode, 500 steps
+    "drqv2_plasticity": (drq, 25, 300, f"{PIXEL_RUN} --plasticity-every {NEVER}"),
+    "adaptive_rr": (rr, 25, 300, f"{PIXEL_RUN} --rr-high 0.5"),  # both log once per episode, 500 steps
     "drm": (drm, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
 }  # fmt: skip
 

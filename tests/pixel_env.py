@@ -46,6 +46,8 @@ class DoubleDotEnv(DotEnv):
 
 
 gymnasium.register("Dot-v0", DotEnv)
+CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
+gymnasium.register("ShortHalfCheetah-v5", CHEETAH, max_episode_steps=40)
 gymnasium.register("Dot64-v0", DoubleDotEnv)
 gymnasium.register("EndlessDot-v0", DotEnv, kwargs=dict(episode_length=10**9))
 gymnasium.register("EndingDot-v0", DotEnv, kwargs=dict(ends=True))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ ACTIONS = 6
 
 
 def args(**options):
-    """Arguments of a small agent, resolved by hand."""
+    """Arguments of a small agent."""
     small = dict(image_size=24, feature_dim=8, hidden_dim=16, batch_size=16, n_step=3, learning_rate=1e-3)
     return drq.Args(**(small | dict(stddev_steps=100, total_timesteps=1000) | options))
 
@@ -24,8 +25,10 @@ def make_agent(seed=0, **options):
     torch.manual_seed(seed)
     arguments = args(**options)
     agent = drq.DrQv2Agent(ACTIONS, arguments)
-    drq.intervene_at_start(agent, arguments)
-    return agent, drq.drqv2_optimizers(agent, arguments, torch.device("cpu")), arguments
+    drq.prepare(agent, arguments)
+    optimizers = drq.make_optimizers(agent.eval(), arguments, torch.device("cpu"))
+    drq.penalise(optimizers, arguments)
+    return agent, optimizers, arguments
 
 
 def make_batch(size=16, image_size=24, seed=0, std=0.5):
@@ -40,7 +43,7 @@ def updated(updates=3, **options):
     """An agent after some updates."""
     agent, optimizers, arguments = make_agent(**options)
     for i in range(updates):
-        drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
+        drq.update(agent, optimizers, arguments, make_batch(seed=i))
     return agent, optimizers, arguments
 
 
@@ -201,7 +204,7 @@ def test_update_against_a_naive_one(discount):
         obs, action, reward, _, next_obs, std = batch = make_batch(seed=step)
         batch[3] = torch.full((16,), discount)
         torch.manual_seed(step)
-        metrics = drq.drqv2_update(agent, optimizers, batch, arguments)
+        metrics = drq.update(agent, optimizers, arguments, batch)
 
         def noisy(mean, std=std):
             return (mean + (torch.randn(mean.shape) * std).clamp(-0.3, 0.3)).clamp(-1 + 1e-6, 1 - 1e-6)
@@ -235,19 +238,27 @@ def test_update_against_a_naive_one(discount):
         torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4, msg=name)
 
 
+def defaults_of(task):
+    return drq.Args(**drq.task_defaults(drq.Args(env_id=f"dm_control/{task}-v0")))
+
+
 def test_schedules_and_tables():
     medium = drq.Args(stddev_steps=500_000)
     at = [drq.stddev_at(step, medium) for step in (0, 50_000, 250_000, 500_000, 750_000)]
     assert at == pytest.approx([1, 0.91, 0.55, 0.1, 0.1])
-    assert drq.TASKS["walker-run"] | dict(total_timesteps=0) == dict(
-        total_timesteps=0, stddev_steps=500_000, buffer_size=1_000_000, batch_size=512, n_step=1, learning_rate=1e-4,
-        feature_dim=50)  # fmt: skip
-    assert drq.TASKS["walker-walk"]["stddev_steps"] == 100_000 and drq.TASKS["walker-walk"]["batch_size"] == 512
-    assert drq.TASKS["quadruped-run"]["buffer_size"] == 100_000
-    assert (drq.TASKS["humanoid-run"]["learning_rate"], drq.TASKS["humanoid-run"]["feature_dim"]) == (8e-5, 100)
-    frames = {2 * drq.TASKS[task]["total_timesteps"] for task in ("cartpole-balance", "walker-run", "humanoid-walk")}
-    assert frames == {1_001_000, 3_001_000, 30_100_000}
-    assert len(drq.TASKS) == 23
+    walker = defaults_of("walker-run")
+    assert (walker.n_step, walker.batch_size, walker.stddev_steps, walker.total_timesteps) == (
+        1,
+        512,
+        500_000,
+        1_500_500,
+    )
+    assert (defaults_of("walker-walk").stddev_steps, defaults_of("walker-walk").batch_size) == (100_000, 512)
+    assert (defaults_of("quadruped-run").buffer_size, defaults_of("cheetah-run").buffer_size) == (100_000, 1_000_000)
+    humanoid = defaults_of("humanoid-run")
+    assert (humanoid.learning_rate, humanoid.feature_dim, humanoid.stddev_steps) == (8e-5, 100, 2_000_000)
+    frames = [2 * defaults_of(task).total_timesteps for task in ("cartpole-balance", "walker-run", "humanoid-walk")]
+    assert frames == [1_001_000, 3_001_000, 30_100_000]
 
 
 def test_acting():
@@ -264,12 +275,12 @@ def test_acting():
 
 def test_bfloat16_is_close_and_sees_the_last_weights():
     agent, optimizers, arguments = make_agent()
-    other, other_optimizers, other_arguments = make_agent(amp=True)
+    other, other_optimizers, other_arguments = make_agent(precision="bfloat16")
     for step in range(3):
         results = []
         for a, o, arg in ((agent, optimizers, arguments), (other, other_optimizers, other_arguments)):
             torch.manual_seed(step)
-            results.append(drq.drqv2_update(a, o, make_batch(seed=step), arg))
+            results.append(drq.update(a, o, arg, make_batch(seed=step)))
         for tag in results[0]:
             assert results[1][tag] == pytest.approx(float(results[0][tag]), rel=0.05, abs=0.03), tag
     assert all(p.dtype == torch.float32 for p in other.parameters())
@@ -277,50 +288,41 @@ def test_bfloat16_is_close_and_sees_the_last_weights():
     assert not same(moved, state(make_agent()[0].encoder)) and not same(moved, state(other.encoder))
 
 
-# --- what is looked at ------------------------------------------------------------------------------------------------
-def test_look_at_plasticity():
+# --- what is measured -------------------------------------------------------------------------------------------------
+def test_measure_plasticity():
     agent, *_ = updated()
     awaken(agent)
     with torch.no_grad():
         agent.critic.q1[0].weight[:4], agent.critic.q1[0].bias[:4] = 0, -1  # 4 of 64 hidden neurons are silent
-    batch, history = make_batch(), {}
-    metrics = drq.look_at_plasticity(agent, batch, history, (0.0, 0.1))
+    obs, action, *_ = make_batch()
+    metrics = drq.measure_plasticity(agent, obs, action)
     assert metrics["plasticity/dormant_ratio_tau0/critic"] == pytest.approx(4 / 64)
-    assert "plasticity/overlap/critic" not in metrics and history["critic"].sum() == 4
+    assert metrics["plasticity/dormant_ratio_tau0/actor"] == metrics["plasticity/dormant_ratio_tau0.025/encoder"] == 0
+    norm = math.sqrt(sum(float((p**2).sum()) for p in agent.actor.state_dict().values()))
+    assert metrics["plasticity/weight_norm/actor"] == pytest.approx(norm, rel=1e-5)
     with torch.no_grad():
-        agent.critic.q1[0].bias[:2] = 1
-    again = drq.look_at_plasticity(agent, batch, history, (0.0, 0.1))
-    assert again["plasticity/dormant_ratio_tau0/critic"] == pytest.approx(2 / 64)
-    assert again["plasticity/overlap/critic"] == 1 and history["critic"].sum() == 2
-    norm = math.sqrt(sum(float((p**2).sum()) for p in agent.actor.parameters()))
-    gradient = math.sqrt(sum(float((p.grad**2).sum()) for p in agent.encoder.parameters()))
-    assert again["plasticity/weight_norm/actor"] == pytest.approx(norm, rel=1e-5)
-    assert again["plasticity/grad_norm/encoder"] == pytest.approx(gradient, rel=1e-5)
-    with torch.no_grad():
-        hidden = agent.actor(agent.encoder(batch[0])[0])[1][-1]
+        hidden = agent.actor(agent.encoder(obs)[0])[1][-1]
     share = torch.linalg.svdvals(hidden).cumsum(0)
     rank = next(k for k in range(1, 17) if share[k - 1] >= 0.99 * share[-1])
-    assert again["plasticity/feature_rank/actor"] == rank
+    assert metrics["plasticity/feature_rank/actor"] == rank
+    assert len(metrics) == 3 * (len(drq.TAUS) + 2)
 
 
 # --- interventions ----------------------------------------------------------------------------------------------------
 def test_crelu():
-    x = torch.tensor([[1.0, -2.0]])
-    layers = drq.CReLULayers(nn.Linear(2, 2), nn.ReLU(), nn.Linear(4, 1))
+    foreign = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    layers = drq.CReLULayers(foreign)
     with torch.no_grad():
         layers[0].weight.copy_(torch.eye(2))
         layers[0].bias.zero_()
         layers[2].weight.copy_(torch.tensor([[1.0, 10, 100, 1000]]))
-        layers[2].bias.zero_()
-    output, (active,) = layers(x)
+    output, (active,) = layers(torch.tensor([[1.0, -2.0]]))
     assert output.item() == 1 + 2000 and active.tolist() == [[1, 0]]  # the negated half is not counted
-    for kind, units in (("half", 8), ("full", 16)):
-        agent, optimizers, arguments = make_agent(crelu=kind)
-        first, _, second, _, last = agent.critic.q1
-        assert [m.weight.shape for m in (first, second, last)] == [(units, 14), (units, 2 * units), (1, 2 * units)]
-        metrics = drq.drqv2_update(agent, optimizers, make_batch(), arguments)
-        assert metrics["plasticity/fau/critic"] != 0.5
-        assert isinstance(agent.critic_target.q1, drq.CReLULayers) and type(agent.actor.policy) is drq.Layers
+    agent, optimizers, arguments = make_agent(crelu=True)
+    first, _, second, _, last = agent.critic.q1
+    assert [m.weight.shape for m in (first, second, last)] == [(16, 14), (16, 32), (1, 32)]
+    assert drq.update(agent, optimizers, arguments, make_batch())["plasticity/fau/critic"] != 0.5
+    assert isinstance(agent.critic_target.q1, drq.CReLULayers) and type(agent.actor.policy) is drq.Layers
 
 
 def test_layer_norm():
@@ -333,9 +335,13 @@ def test_layer_norm():
     hidden = agent.actor.policy[0](x)
     normal = F.layer_norm(hidden, (16,))
     torch.testing.assert_close(agent.actor.policy(x)[1][0], normal.relu())
-    maps = agent.encoder.convnet[:2](torch.randn(3, 9, 24, 24))[0]
+    maps = agent.encoder.convnet[1](agent.encoder.convnet[0](torch.randn(3, 9, 24, 24)))
     torch.testing.assert_close(maps.mean((1, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(maps.std((1, 2, 3)), torch.ones(3), atol=1e-2, rtol=0)
+    foreign = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    drq.layer_norm(foreign)
+    assert [type(m).__name__ for m in foreign] == ["Conv2d", "GroupNorm", "ReLU", "Flatten", "Linear"]
+    assert foreign(torch.randn(3, 1, 4, 4)).shape == (3, 2)
 
 
 @pytest.mark.parametrize("where, names", [("trunk", ["actor.trunk", "critic.trunk"]),
@@ -346,21 +352,21 @@ def test_spectral_norm(where, names):
     normalised = [name for name, module in agent.named_modules() if torch.nn.utils.parametrize.is_parametrized(module)]
     assert sorted(n for n in normalised if "target" not in n) == [f"{name}.0" for name in names]
     for i in range(20):
-        drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
+        drq.update(agent, optimizers, arguments, make_batch(seed=i))
     for name in names:
         layer = agent.get_submodule(name)[0]
         with torch.no_grad():
             assert torch.linalg.svdvals(layer.parametrizations.weight.original)[0] > 1.2
             assert torch.linalg.svdvals(layer.weight)[0] == pytest.approx(1, abs=0.1)
-    before = state(agent.eval())
-    drq.activations(agent, make_batch())
+    before = state(agent)
+    drq.measure_plasticity(agent, *make_batch()[:2])
     assert same(before, state(agent))
 
 
 def test_l2_init_adds_its_gradient():
     layer = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-    drq.apply_l2_init(optimizer, 0.25)
+    drq.l2_init(optimizer, 0.25)
     initial = state(layer)
     layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.zeros(2)
     optimizer.step()
@@ -376,154 +382,183 @@ def adam_memory(optimizer, parameters):
     return sum(float(v.abs().sum()) for p in parameters for v in optimizer.state[p].values())
 
 
-@pytest.mark.parametrize("scope, kept", [
-    ("mlp", ["encoder", "actor.trunk", "critic.trunk"]), ("fc", ["encoder"]), ("all", []),
-])  # fmt: skip
-def test_reset(scope, kept):
-    agent, optimizers, arguments = updated(reset_scope=scope)
+def intervened(agent, optimizers, arguments, step, replay=None):
+    return drq.intervene(agent, optimizers, replay, arguments, step, step // 2, 1, generator(), torch.device("cpu"))
+
+
+def test_reset():
+    """The trunks and heads, and what Adam knows of them; the encoder is kept."""
+    agent, optimizers, arguments = updated(reset_every=100)
     before, addresses = state(agent), [p.data_ptr() for p in agent.parameters()]
-    drq.reset_agent(agent, optimizers, arguments, generator())
-    after = state(agent)
-    for name in before:
-        if name.startswith("critic_target"):
-            assert torch.equal(after[name], after[name.replace("critic_target", "critic")]) or (
-                scope == "mlp" and "trunk" in name and torch.equal(after[name], before[name]))  # fmt: skip
-        elif any(name.startswith(k) for k in kept):
-            assert torch.equal(before[name], after[name]), name
-        elif name.endswith("weight") and after[name].dim() > 1:
-            assert not torch.equal(before[name], after[name]), name
-    parts = dict(agent.named_modules())
-    for name, optimizer in (
-        ("encoder", 0),
-        ("actor.trunk", 1),
-        ("actor.policy", 1),
-        ("critic.trunk", 2),
-        ("critic.q2", 2),
-    ):
-        memory = adam_memory(optimizers[optimizer], parts[name].parameters())
-        assert (memory > 0) == (name in kept), name
-    weight = agent.actor.policy[2].weight
+    assert intervened(agent, optimizers, arguments, 0) == intervened(agent, optimizers, arguments, 150) == {}
+    assert same(before, state(agent))
+    assert intervened(agent, optimizers, arguments, 200) == {"plasticity/reset": 1}
+    for name, value in agent.state_dict().items():
+        if name.startswith("encoder"):
+            assert torch.equal(before[name], value), name
+        elif name.startswith("critic_target"):
+            assert torch.equal(value, agent.state_dict()[name.replace("critic_target", "critic")]), name
+        elif value.dim() > 1:
+            assert not torch.equal(before[name], value), name
+    memory = [adam_memory(o, m.parameters()) for o, m in zip(optimizers, (agent.encoder, agent.actor, agent.critic))]
+    assert memory[0] > 0 and memory[1:] == [0, 0]
+    weight, norm = agent.actor.policy[2].weight, agent.critic.trunk[1]
     torch.testing.assert_close(weight @ weight.T, torch.eye(16), atol=1e-5, rtol=0)
+    assert (norm.weight == 1).all() and not norm.bias.any() and not agent.actor.policy[0].bias.any()
     assert addresses == [p.data_ptr() for p in agent.parameters()]
 
 
-def test_reset_of_one_module_with_adam_kept():
-    agent, optimizers, arguments = updated(reset_modules=("actor",), reset_optimizer=False)
-    before, memory = state(agent), adam_memory(optimizers[1], agent.actor.parameters())
-    drq.reset_agent(agent, optimizers, arguments, generator())
-    assert same(before, {k: v for k, v in agent.state_dict().items()} | {
-        k: v for k, v in before.items() if k.startswith("actor")})  # fmt: skip
-    assert not torch.equal(before["actor.policy.0.weight"], agent.actor.policy[0].weight)
-    assert memory == adam_memory(optimizers[1], agent.actor.parameters()) > 0
+def foreign_network():
+    """With a state of Adam."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+    )
+    optimizer = torch.optim.Adam(network.parameters(), 0.1)
+    network(torch.randn(3, 1, 4, 4)).sum().backward()
+    optimizer.step()
+    return network, optimizer
+
+
+@pytest.mark.parametrize("step_counts", [False, True])
+def test_reset_layers_of_a_foreign_network(step_counts):
+    network, optimizer = foreign_network()
+    before = state(network)
+    network[0].init = lambda weight, generator: nn.init.ones_(weight)
+    drq.reset_layers([network[0], *network[3:5]], [optimizer], generator(), step_counts)
+    assert (network[0].weight == 1).all() and not network[0].bias.any()
+    assert network[3].weight.abs().max() <= 16**-0.5 and not torch.equal(network[3].weight, before["3.weight"])
+    assert (network[4].weight == 1).all() and not network[4].bias.any()
+    assert torch.equal(network[5].weight, before["5.weight"])
+    for layer in (network[0], network[3], network[4]):
+        for parameter in layer.parameters():
+            memory = optimizer.state[parameter]
+            assert memory["step"] == (0 if step_counts else 1)
+            assert not memory["exp_avg"].any() and not memory["exp_avg_sq"].any()
+    assert optimizer.state[network[5].weight]["step"] == 1 and optimizer.state[network[5].weight]["exp_avg"].any()
 
 
 def test_shrink_and_perturb():
-    agent, _, _ = updated()
-    before = state(agent.critic)
-    fresh = copy.deepcopy(agent.critic)
-    g = generator(3)
-    for layer in fresh.modules():
-        drq.draw_layer(layer, g)
-    drq.shrink_and_perturb(agent.critic, 0.8, 0.2, generator(3))
-    for name, value in agent.critic.state_dict().items():
-        torch.testing.assert_close(value, 0.8 * before[name] + 0.2 * fresh.state_dict()[name])
+    agent, *_ = updated()
+    for module in (agent.critic, foreign_network()[0]):
+        before, fresh = state(module), copy.deepcopy(module)
+        drq.reset_layers(fresh.modules(), [], generator(3))
+        drq.shrink_and_perturb(module, 0.8, 0.2, generator(3))
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(value, 0.8 * before[name] + 0.2 * fresh.state_dict()[name])
+        assert not same(before, state(fresh))
 
 
-MODULES = ("encoder", "actor", "critic")
+class OneBatch:
+    """A replay that always gives the same batch."""
+
+    def sample(self, batch_size, generator):
+        return make_batch(batch_size)[:5]
 
 
 def test_recycling_silent_neurons_leaves_the_outputs_alone():
-    agent, optimizers, arguments = updated(redo_tau=0.0, redo_modules=MODULES)
+    agent, optimizers, arguments = updated(redo_tau=0.0, redo_period_gradient_steps=50, redo_batch_size=16)
     awaken(agent)
     with torch.no_grad():
-        for layer in (agent.encoder.convnet[0], agent.encoder.convnet[6], agent.actor.policy[2], agent.critic.q2[0]):
+        for layer in (agent.critic.q1[2], agent.critic.q2[0]):
             layer.bias[3] = -1e6  # neuron 3 never speaks
-    batch, addresses = make_batch(), [p.data_ptr() for p in agent.parameters()]
-    features = agent.encoder(batch[0])[0]
-    outputs = agent.actor(features)[0], *agent.critic(features, batch[1])[:2]
-    target_outputs = agent.critic_target(features, batch[1])[:2]
-    before = state(agent)
-    metrics = drq.recycle_units(agent, optimizers, batch, arguments, generator())
-    assert {k: int(v) for k, v in metrics.items()} == {
-        f"plasticity/redo_recycled/{name}": n for name, n in dict(encoder=2, actor=1, critic=1).items()
-    }  # fmt: skip
-    features = agent.encoder(batch[0])[0]
-    for a, b in zip(outputs, (agent.actor(features)[0], *agent.critic(features, batch[1])[:2])):
+    obs, action, *_ = make_batch()
+    features, _ = agent.encoder(obs)
+    before, outputs = state(agent), agent.critic(features, action)[:2]
+    assert intervened(agent, optimizers, arguments, 98, OneBatch()) == {}  # after 49 gradient steps
+    events = intervened(agent, optimizers, arguments, 100, OneBatch())
+    assert {tag: int(value) for tag, value in events.items()} == {"plasticity/redo_recycled/critic": 2}
+    for a, b in zip(outputs, agent.critic(features, action)[:2]):
         torch.testing.assert_close(a, b)
-    size = agent.encoder.feature_size // 32
-    targets = agent.critic_target(features, batch[1])[:2]
-    for a, b in zip(target_outputs, targets):
-        torch.testing.assert_close(a, b)
-    for layer, columns in (
-        (agent.encoder.convnet[2], 3), (agent.actor.trunk[0], slice(3 * size, 4 * size)),
-        (agent.critic.trunk[0], slice(3 * size, 4 * size)), (agent.critic_target.trunk[0], slice(3 * size, 4 * size)),
-        (agent.actor.policy[4], 3), (agent.critic.q2[2], 3),
-    ):  # fmt: skip
-        assert not layer.weight[:, columns].any() and layer.weight.any()
-        if not layer.weight.requires_grad:
-            continue
-        memory = drq.optimizer_of(layer.weight, optimizers).state[layer.weight]["exp_avg"]
-        assert not memory[:, columns].any() and memory.any()
-    layer = agent.critic.q2[0]
-    assert layer.bias[3] == 0 and not torch.equal(layer.weight[3], before["critic.q2.0.weight"][3])
-    others = [i for i in range(16) if i != 3]
-    assert torch.equal(layer.weight[others], before["critic.q2.0.weight"][others])
-    assert not optimizers[2].state[layer.weight]["exp_avg"][3].any()
-    assert optimizers[2].state[layer.weight]["exp_avg"][others].any()
-    others = [name for name in before if name.startswith("critic_target") and name != "critic_target.trunk.0.weight"]
-    assert all(torch.equal(before[name], agent.state_dict()[name]) for name in others)
-    assert addresses == [p.data_ptr() for p in agent.parameters()]
+    changed = {"critic.q1.2.weight", "critic.q1.2.bias", "critic.q1.4.weight", "critic.q2.0.weight", "critic.q2.0.bias",
+               "critic.q2.2.weight"}  # fmt: skip
+    after = state(agent)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == changed
+    memory = optimizers[2].state[agent.critic.q2[0].weight]["exp_avg"]
+    assert (
+        not memory[3].any()
+        and memory.any()
+        and not optimizers[2].state[agent.critic.q2[2].weight]["exp_avg"][:, 3].any()
+    )
 
 
-def test_recycling_leaves_unnamed_modules_alone():
-    agent, optimizers, arguments = updated(redo_tau=0.9, redo_modules=("critic",))
-    before = state(agent)
-    metrics = drq.recycle_units(agent, optimizers, make_batch(), arguments, generator())
-    assert list(metrics) == ["plasticity/redo_recycled/critic"] and metrics["plasticity/redo_recycled/critic"] > 3
-    for name, value in agent.state_dict().items():
-        assert torch.equal(value, before[name]) or name.startswith("critic.q"), name
+@pytest.mark.parametrize("ratio, expected", [(0.5, [18, 38]), (4, [2, 4, 7, 9, 12, 14, 17, 19])])
+def test_the_period_of_redo_is_in_gradient_steps(ratio, expected):
+    """Every 10 of them, after the step in which they are full."""
+    agent, optimizers, arguments = updated(redo_period_gradient_steps=10, redo_batch_size=16)
+    recycled, gradient_steps = [], 0
+    for step in range(20 if ratio > 1 else 40):
+        updates = drq.updates_due(step, ratio)
+        gradient_steps += updates
+        counts = step, gradient_steps, updates
+        if drq.intervene(agent, optimizers, OneBatch(), arguments, *counts, generator(), torch.device("cpu")):
+            recycled.append(step)
+    assert recycled == expected
 
 
-@pytest.mark.parametrize("kind", ["fresh", "initial"])
-@pytest.mark.parametrize("crelu", ["none", "half"])
-def test_injection(kind, crelu):
-    agent, optimizers, arguments = make_agent(crelu=crelu)
-    first, learning = state(agent), sum(len(o.param_groups[0]["params"]) for o in optimizers)
+@pytest.mark.parametrize("module", ["actor", "critic"])
+def test_injection(module):
+    agent, optimizers, arguments = make_agent(injection=module, injection_step=100)
+    plain, *_ = make_agent()
+    obs, action, *_ = make_batch()
+
+    def outputs(agent):
+        features, _ = agent.encoder(obs)
+        return [
+            agent.actor(features)[0],
+            *agent.critic(features, action)[:2],
+            *agent.critic_target(features, action)[:2],
+        ]
+
+    for a, b in zip(outputs(plain), outputs(agent)):
+        assert torch.equal(a, b)  # the branches that do not learn give 0
     for i in range(3):
-        drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
-    batch, trained = make_batch(), state(agent)
-    features = agent.encoder(batch[0])[0]
-    outputs = [
-        agent.actor(features)[0],
-        *(q for m in (agent.critic, agent.critic_target) for q in m(features, batch[1])[:2]),
-    ]
-    for name in ("actor", "critic"):
-        drq.inject_plasticity(agent, optimizers, name, first if kind == "initial" else None, generator())
-    again = [
-        agent.actor(features)[0],
-        *(q for m in (agent.critic, agent.critic_target) for q in m(features, batch[1])[:2]),
-    ]
-    for a, b in zip(outputs, again):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    head = agent.critic.q1
-    assert torch.equal(head.frozen[0].weight, trained["critic.q1.0.weight"])
-    assert torch.equal(head.initial[0].weight, first["critic.q1.0.weight"]) == (kind == "initial")
-    assert same(head.initial.state_dict(), head.learning.state_dict())
-    assert same(head.initial.state_dict(), agent.critic_target.q1.initial.state_dict())
-    assert torch.equal(agent.critic_target.q1.frozen[0].weight, trained["critic_target.q1.0.weight"])
-    assert sum(len(o.param_groups[0]["params"]) for o in optimizers) == learning
-    assert adam_memory(optimizers[2], head.learning.parameters()) == 0
-    assert adam_memory(optimizers[2], agent.critic.trunk.parameters()) > 3 * 4
-    frozen = state(head.frozen) | {f"initial.{k}": v for k, v in state(head.initial).items()}
-    before = state(agent)
+        drq.update(agent, optimizers, arguments, make_batch(seed=i))
+    before, trained, names = outputs(agent), state(agent), list(agent.state_dict())
+    addresses = [p.data_ptr() for p in agent.parameters()]
+    assert intervened(agent, optimizers, arguments, 100) == {"plasticity/injection": 1}
+    for a, b in zip(before, outputs(agent)):
+        assert torch.equal(a, b)
+    assert names == list(agent.state_dict()) and addresses == [p.data_ptr() for p in agent.parameters()]
+    heads = {"actor": [(agent.actor.policy, "actor.policy", 1)],
+             "critic": [(agent.critic.q1, "critic.q1", 2), (agent.critic.q2, "critic.q2", 2)]}[module]  # fmt: skip
+    for head, name, optimizer in heads:
+        old = {key.removeprefix(f"{name}.head."): value for key, value in trained.items() if f"{name}.head." in key}
+        assert same(old, {k: v for k, v in head.frozen.state_dict().items()})
+        assert same(head.initial.state_dict(), head.head.state_dict())
+        assert not torch.equal(head.head[0].weight, head.frozen[0].weight)
+        assert adam_memory(optimizers[optimizer], head.head.parameters()) == 0
+        if module == "critic":
+            target = agent.get_submodule(name.replace("critic", "critic_target"))
+            assert same(target.head.state_dict(), head.head.state_dict())
+            assert torch.equal(
+                target.frozen[0].weight, trained[f"{name.replace('critic', 'critic_target')}.head.0.weight"]
+            )
+    frozen = [state(part) for head, *_ in heads for part in (head.frozen, head.initial)]
+    now = state(agent)
     for i in range(5):
-        drq.drqv2_update(agent, optimizers, make_batch(seed=i), arguments)
-    assert same(frozen, state(head.frozen) | {f"initial.{k}": v for k, v in state(head.initial).items()})
-    for name in ("critic.q1.learning.0.weight", "critic.trunk.0.weight", "encoder.convnet.0.weight",
-                 "actor.policy.learning.4.weight", "critic_target.q2.learning.0.weight"):  # fmt: skip
-        assert not torch.equal(before[name], agent.state_dict()[name]), name
-    with pytest.raises(ValueError, match="already injected"):
-        drq.inject_plasticity(agent, optimizers, "critic", None, generator())
+        drq.update(agent, optimizers, arguments, make_batch(seed=i))
+    assert all(
+        same(a, b) for a, b in zip(frozen, [state(p) for head, *_ in heads for p in (head.frozen, head.initial)])
+    )
+    learning = [f"{name}.head.0.weight" for _, name, _ in heads]
+    for name in [*learning, "critic.trunk.0.weight", "encoder.convnet.0.weight", "actor.trunk.0.weight"]:
+        assert not torch.equal(now[name], agent.state_dict()[name]), name
+    with pytest.raises(ValueError, match="has been injected"):
+        intervened(agent, optimizers, arguments, 100)
+
+
+def test_injection_into_a_foreign_network():
+    network = drq.InjectableHead(drq.Layers(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)))
+    optimizer, x = torch.optim.Adam(p for p in network.parameters() if p.requires_grad), torch.randn(5, 3)
+    before, _ = network(x)
+    before.sum().backward()
+    optimizer.step()
+    before, _ = network(x)
+    drq.inject([network], [optimizer], generator())
+    after, (hidden,) = network(x)
+    assert torch.equal(before, after) and hidden.shape == (5, 8)
+    assert sum(p.requires_grad for p in network.parameters()) == 4
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
@@ -605,8 +640,10 @@ def test_replay_powers_of_gamma_and_termination():
     assert sorted(discount.unique().tolist()) == pytest.approx([0, 0.970299])  # a discount of 0 stays 0
 
 
-@pytest.mark.parametrize("old, new", [(40, 40), (40, 70), (70, 40), (40, 100), (1000, 40)])
-def test_replay_moves_to_a_ring_of_another_size(old, new):
+@pytest.mark.parametrize(
+    "old, new, fits", [(40, 40, True), (90, 200, True), (200, 90, True), (40, 70, False), (70, 40, False)]
+)
+def test_replay_moves_to_a_ring_of_another_size_unless_it_went_round(old, new, fits):
     rng, replays = (
         np.random.default_rng(0),
         [drq.PixelReplay(size, 1, "cpu", 3, 0.9, (3, 1, 1)) for size in (old, new, new)],
@@ -621,9 +658,12 @@ def test_replay_moves_to_a_ring_of_another_size(old, new):
                     replay.add(np.float32([t]), float(t), False, frames[t])
 
     play(replays[::2], 7)
+    if not fits:
+        with pytest.raises(ValueError, match="wrapped around a ring of another size"):
+            replays[1].load_state_dict(replays[0].state_dict())
+        return
     replays[1].load_state_dict(replays[0].state_dict())
-    play(replays, 7 if new > old else 1)
-    play(replays, 6)
+    play(replays[1:], 2)
     moved, always = (replay.sample(500, generator(1)) for replay in replays[1:])
     assert all(torch.equal(a, b) for a, b in zip(moved, always))  # as if it had always had this size
 
@@ -650,24 +690,23 @@ def test_replay_memory_and_state(tmp_path):
 # --- speed ------------------------------------------------------------------------------------------------------------
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_cudagraphs_equal_eager_across_interventions():
-    results = {}
+@pytest.mark.parametrize("options", [
+    dict(reset_every=40), dict(injection="critic", injection_step=40),
+    dict(redo_period_gradient_steps=10, redo_tau=0.5, redo_batch_size=16),
+], ids=str)  # fmt: skip
+def test_cudagraphs_equal_eager_across_interventions(options):
+    results, device = {}, torch.device("cuda")
     for captured in (False, True):
-        agent, _, arguments = make_agent(cudagraphs=captured, redo_tau=0.5, redo_modules=MODULES)
-        agent.to("cuda")
-        optimizers = drq.drqv2_optimizers(agent, arguments, torch.device("cuda"))
-        step, draws = drq.drqv2_update, generator()
+        agent, _, arguments = make_agent(cudagraphs=captured, **options)
+        agent.to(device)
+        optimizers = drq.make_optimizers(agent, arguments, device)
+        learn, draws = partial(drq.update, agent, optimizers, arguments), generator()
+        if captured:
+            learn = drq.capture(learn, optimizers)
         torch.cuda.manual_seed(0)
         for i in range(30):
-            batch = [x.cuda() for x in make_batch(seed=i)]
-            if captured and step is drq.drqv2_update:
-                replay = drq.capture_update(drq.drqv2_update, agent, optimizers, batch, arguments)
-                step = lambda agent, optimizers, batch, arguments, replay=replay: replay(batch)  # noqa: E731
-            metrics = step(agent, optimizers, batch, arguments)
-            if i == 10:
-                drq.recycle_units(agent, optimizers, batch, arguments, draws)
-            if i == 20:
-                drq.reset_agent(agent, optimizers, arguments, draws)
+            metrics = learn([x.cuda() for x in make_batch(seed=i)])
+            drq.intervene(agent, optimizers, OneBatch(), arguments, 2 * i, i, 1, draws, device)
         results[captured] = state(agent) | metrics
     for name in results[False]:
         torch.testing.assert_close(results[True][name], results[False][name], atol=1e-3, rtol=1e-2, msg=name)

@@ -39,7 +39,7 @@ def test_scripts_import_only_what_requirements_list(script):
 
 # What every script has under the same name, and writes for itself
 OWN = "Args train task_defaults check_args replay_capacity make_env make_envs act update evaluate sample_batch".split()
-OLD = ["crl_deep.py", "drm.py", "drqv2_plasticity.py"]  # not yet of the shape that house rules ask for
+OLD = ["crl_deep.py", "drm.py"]  # not yet of the shape that house rules ask for
 
 
 def test_same_name_means_same_source():
@@ -63,9 +63,13 @@ def test_the_housekeeping_is_the_same_text():
 
 
 # Non-blank lines from the docstring to the end of `train`, and below. The house's limits are 560 (adaptive_rr), 600
-# (redo_dqn_atari, studies) and 300 below. Where more stands here: redo_dqn_atari.py has two networks and two protocols;
+# (redo_dqn_atari, studies), 690 (drqv2_plasticity) and 300 below. Where more stands here: redo_dqn_atari.py has two
+# networks and two protocols, drqv2_plasticity.py twelve interventions, each of which a figure of the paper needs;
 # below, the check of memory, dead environments, films and checkpoints that do not fit take what nobody foresaw.
-LENGTHS = {"adaptive_rr": (590, 342), "redo_dqn_atari": (680, 318), "redo_variants": (600, 318)}
+LENGTHS = {
+    "adaptive_rr": (590, 342), "drqv2_plasticity": (800, 362), "redo_dqn_atari": (685, 318),
+    "redo_variants": (600, 318),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SHAPED, ids=lambda path: path.stem)
