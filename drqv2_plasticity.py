@@ -481,7 +481,7 @@ def feature_rank(features: torch.Tensor, delta: float = 0.01) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure_plasticity(agent, obs, action) -> dict:
+def measure_modules(agent, obs, action) -> dict:
     """What is logged about encoder, actor and critic, beside the FAU, on a batch -> metrics.
 
     Dormant ratios (Sokar et al. 2023) count all hidden neurons of a module, a feature map as one. The feature rank is
@@ -950,7 +950,7 @@ def train(args: Args) -> Path:
             run.bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
         if gradient_steps and global_step // args.plasticity_every > start_step // args.plasticity_every:
             obs, action, *_ = (x.to(device) for x in replay.sample(args.plasticity_batch_size, look_rng))
-            metrics |= measure_plasticity(agent, obs, action)
+            metrics |= measure_modules(agent, obs, action)
         run.log(global_step, metrics)
 
     run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)

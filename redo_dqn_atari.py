@@ -55,9 +55,9 @@ become 0, with their moments kept; the target network is not recycled.
 With --protocol cleanrl (CleanRL's dqn_atari.py), FIRE is pressed for one frame when an episode begins (there 2 x 4
 frames), and for one stored step after a lost life; in games without FIRE that step is a no-op (there neither is
 stored); frame stacks begin with zeros and are not cut at a lost life.
-Your own intervention: `intervene`. Your own environment: `make_envs`, `reset_envs`, the network's input, and in `train`
-the clipped reward and the lives. What is saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts the
-episode like a truncation, and a resumed run begins the next.
+Your own intervention: `recycle_or_reset`. Your own environment: `make_envs`, `reset_envs`, the network's input, and in
+`train` the clipped reward and the lives. What is saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts
+the episode like a truncation, and a resumed run begins the next.
 """
 
 import copy
@@ -603,7 +603,7 @@ def reset_layers(layers, optimizers: list, generator, step_counts: bool = False)
 
 
 @torch.no_grad()
-def intervene(q_network, optimizer, replay, gradient_steps: int, args, generator, device) -> dict:
+def recycle_or_reset(q_network, optimizer, replay, gradient_steps: int, args, generator, device) -> dict:
     """What --method does to the network after this many gradient steps: usually nothing -> metrics."""
     ended = args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps
     if args.method == "reset" and not ended and gradient_steps % args.reset_period_gradient_steps == 0:
@@ -777,7 +777,7 @@ def train(args: Args) -> Path:
                 for _ in range(round(args.replay_ratio * UPDATE_PERIOD)):
                     metrics = learn(sample_batch(replay, args, batch_rng, device))
                     gradient_steps += 1
-                    events |= intervene(q_network, optimizer, replay, gradient_steps, args, redo_rng, device)
+                    events |= recycle_or_reset(q_network, optimizer, replay, gradient_steps, args, redo_rng, device)
             if learning and global_step % args.target_network_frequency == 0:
                 agent.update_target()
 

@@ -295,7 +295,7 @@ def test_measure_plasticity():
     with torch.no_grad():
         agent.critic.q1[0].weight[:4], agent.critic.q1[0].bias[:4] = 0, -1  # 4 of 64 hidden neurons are silent
     obs, action, *_ = make_batch()
-    metrics = drq.measure_plasticity(agent, obs, action)
+    metrics = drq.measure_modules(agent, obs, action)
     assert metrics["plasticity/dormant_ratio_tau0/critic"] == pytest.approx(4 / 64)
     assert metrics["plasticity/dormant_ratio_tau0/actor"] == metrics["plasticity/dormant_ratio_tau0.025/encoder"] == 0
     norm = math.sqrt(sum(float((p**2).sum()) for p in agent.actor.state_dict().values()))
@@ -359,7 +359,7 @@ def test_spectral_norm(where, names):
             assert torch.linalg.svdvals(layer.parametrizations.weight.original)[0] > 1.2
             assert torch.linalg.svdvals(layer.weight)[0] == pytest.approx(1, abs=0.1)
     before = state(agent)
-    drq.measure_plasticity(agent, *make_batch()[:2])
+    drq.measure_modules(agent, *make_batch()[:2])
     assert same(before, state(agent))
 
 

@@ -55,7 +55,7 @@ def calls(serial, monkeypatch):
         now["step"] += not first
 
     monkeypatch.setattr(drq.PixelReplay, "add", counting_add)
-    for name in ("update", "random_shift", "shrink_and_perturb", "recycle", "inject", "measure_plasticity", "evaluate",
+    for name in ("update", "random_shift", "shrink_and_perturb", "recycle", "inject", "measure_modules", "evaluate",
                  "act"):  # fmt: skip
         monkeypatch.setattr(drq, name, counted(name, getattr(drq, name)))
     return record
@@ -168,7 +168,7 @@ def test_update_cadence(ratio, updates, calls):
     assert all(steps.count(t) == max(1, ratio) for t in range(30, 120, max(1, round(1 / ratio))))
     assert len(calls["random_shift"]) == 2 * updates  # obs and next_obs; never when acting or evaluating
     assert len(calls["act"]) == 120 and calls["evaluate"] == [0, 60, 120]
-    assert calls["measure_plasticity"] == [40, 80, 120]
+    assert calls["measure_modules"] == [40, 80, 120]
 
 
 @pytest.mark.parametrize("flags, steps", [

@@ -208,7 +208,7 @@ def test_at_tau_0_the_output_does_not_change(options):
     obs = random_obs(16, seed=5)
     before, activations = agent.q_network(obs)
     replay = SimpleNamespace(sample=lambda batch_size, generator: (obs,))
-    metrics = redo.intervene(agent.q_network, optimizer, replay, 1000, args, seeded(), CPU)
+    metrics = redo.recycle_or_reset(agent.q_network, optimizer, replay, 1000, args, seeded(), CPU)
     assert torch.equal(agent.q_network(obs)[0], before) and metrics["plasticity/redo_q_change"] == 0
     counts = {k.rpartition("/")[2]: int(v) for k, v in metrics.items() if "recycled" in k}
     assert counts.pop("all") == sum(counts.values()) and counts.keys() == agent.q_network.reader.keys()
@@ -223,9 +223,11 @@ def test_intervene_measures_the_change_and_acts_every_period():
     obs, asked = random_obs(16), []
     replay = SimpleNamespace(sample=lambda batch_size, generator: asked.append(batch_size) or (obs,))
     before = agent.q_network(obs)[0]
-    assert not any(redo.intervene(agent.q_network, optimizer, replay, n, args, seeded(), CPU) for n in (1, 999, 1001))
+    assert not any(
+        redo.recycle_or_reset(agent.q_network, optimizer, replay, n, args, seeded(), CPU) for n in (1, 999, 1001)
+    )
     assert torch.equal(agent.q_network(obs)[0], before) and not asked
-    metrics = redo.intervene(agent.q_network, optimizer, replay, 2000, args, seeded(), CPU)
+    metrics = redo.recycle_or_reset(agent.q_network, optimizer, replay, 2000, args, seeded(), CPU)
     change = (agent.q_network(obs)[0] - before).abs().max()
     assert metrics["plasticity/redo_q_change"] == change > 0 and asked == [16]
 
@@ -380,7 +382,7 @@ def test_everything_is_edited_in_place_and_the_target_is_left_alone(options):
 def test_reset_layers():
     agent, optimizer, args = trained_agent(method="reset", reset_period_gradient_steps=3)
     old = copy.deepcopy(agent.q_network.layers)
-    assert redo.intervene(agent.q_network, optimizer, None, 3, args, seeded(7), CPU) == {"plasticity/reset": 1}
+    assert redo.recycle_or_reset(agent.q_network, optimizer, None, 3, args, seeded(7), CPU) == {"plasticity/reset": 1}
     for name, layer in agent.q_network.layers.items():
         if name in ("dense", "head"):
             assert (layer.weight != old[name].weight).all() and not layer.bias.any() and old[name].bias.any()
