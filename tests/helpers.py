@@ -176,7 +176,7 @@ def scalars(run_dir):
     return {t: {e.step: e.value for e in events.Scalars(t)} for t in events.Tags()["scalars"] if t not in clocks}
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=120):
     deadline = time.time() + seconds
     while not condition():
         assert process.poll() is None, process.stderr.read()

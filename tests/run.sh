@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs everything into .venv and runs the linter and all tests. Arguments go to pytest.
+# Installs everything into .venv and runs the linter and all tests, on all cores. Arguments go to pytest.
 EXTRA_REQUIREMENTS=tests/requirements.txt
 source "$(dirname "${BASH_SOURCE[0]}")/../install.sh"
 ruff check .
 ruff format --check .
-exec python -m pytest -q "$@"
+exec python -m pytest -q -n "$(nproc)" --dist worksteal "$@"

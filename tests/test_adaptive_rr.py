@@ -1,6 +1,7 @@
 """adaptive_rr.py: the detector against an independent state machine, counts around the switch, resume, bad input."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ from helpers import ADAPTIVE, SerialEnvironments, assert_same, checkpoint, kille
 
 import adaptive_rr as rr
 
-SWITCHES = []  # of the official state machine, by series
 EAGER = ["--rr-check-episodes", 2, "--rr-threshold", 1]  # fires at the first check: after episode 2, at step 40
 STATIC = ["--rr-high", 0.5]
 GOLDEN = {
@@ -78,33 +78,28 @@ class OfficialStateMachine:
         return False
 
 
-@pytest.mark.parametrize("interval", [2, 3, 7])
-@pytest.mark.parametrize("seed", range(10))
-def test_detector_switches_when_the_official_state_machine_does(interval, seed):
-    rng = np.random.default_rng(seed)
-    official, detector = OfficialStateMachine(interval, 0.004), rr.PlateauDetector(interval, 0.004)
-    level, switches, before = 0.5, [], False
-    for episode in range(1, 120):
-        level += rng.normal(0, 0.004)
-        faus = level + rng.normal(0, 0.002, 8) if episode > 1 else []  # the first episode only collects
-        for i, fau in enumerate(faus):
-            official.update(fau)
-            if episode == 2 and i == 0:
-                detector.first_batch(fau)
-        expected = official.episode_ends()
-        difference = detector.end_episode(float(np.mean(faus)) if len(faus) else None)
-        assert (difference is not None) == (episode % interval == 0)
-        if difference is not None:
-            assert detector.reference == pytest.approx(official.last_average)
-        assert expected == (detector.switched and not before)
-        before = detector.switched
-        switches += [episode] * expected
-    assert len(switches) <= 1
-    SWITCHES.append(switches)
-
-
-def test_some_of_them_switched():
-    assert len(SWITCHES) == 30 and 5 < sum(map(len, SWITCHES))
+def test_detector_switches_when_the_official_state_machine_does():
+    switched = 0
+    for interval, seed in itertools.product([2, 3, 7], range(10)):
+        rng = np.random.default_rng(seed)
+        official, detector = OfficialStateMachine(interval, 0.004), rr.PlateauDetector(interval, 0.004)
+        level, before = 0.5, False
+        for episode in range(1, 120):
+            level += rng.normal(0, 0.004)
+            faus = level + rng.normal(0, 0.002, 8) if episode > 1 else []  # the first episode only collects
+            for i, fau in enumerate(faus):
+                official.update(fau)
+                if episode == 2 and i == 0:
+                    detector.first_batch(fau)
+            expected = official.episode_ends()
+            difference = detector.end_episode(float(np.mean(faus)) if len(faus) else None)
+            assert (difference is not None) == (episode % interval == 0)
+            if difference is not None:
+                assert detector.reference == pytest.approx(official.last_average)
+            assert expected == (detector.switched and not before)
+            before = detector.switched
+        switched += before
+    assert 5 < switched < 30  # some do, others do not
 
 
 def switch(series, **options):

@@ -49,7 +49,7 @@ def test_signals_save_and_exit(script, flags, number):
     process = start(script, "--checkpoint-every", "40")
     wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")), process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "Traceback" not in errors and "saving; once more" in errors
     (run_dir,) = Path("runs").iterdir()
     saved = checkpoint(run_dir)
@@ -542,7 +542,7 @@ def test_numbers_that_cannot_work_are_refused_at_once(script, flag, value, capsy
         run(script, *TINY[script], flag, value)
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and printed.count("\n") == 1 and "Traceback" not in printed
-    assert not Path("runs").exists() and time.time() - began < 20
+    assert not Path("runs").exists() and time.time() - began < 60
 
 
 @every_script
