@@ -66,9 +66,7 @@ class Args:
     depth: Annotated[int, (4, 4096)] = 4  # Dense layers inside the residual blocks of phi and of psi, a multiple of 4
     width: Count = 32  # units of a hidden layer
     gradient_steps: Count = 6000  # of the whole run
-    batch_size: Annotated[int, (2, 10**5)] = (
-        256  # pairs (s, a) with their goals; each goal is a negative for all others
-    )
+    batch_size: Annotated[int, (2, 10**5)] = 256  # pairs (s, a) per gradient step, with their goals
     learning_rate: Annotated[float, (0, 1)] = 1e-3  # Adam's, before it falls
     gamma: Annotated[float, (1e-6, 0.999999)] = 0.97  # a goal lies Geometric(1 - gamma) steps ahead
     logsumexp_coef: Annotated[float, (0, 1e6)] = 0.1  # weight of mean(logsumexp^2) in the loss

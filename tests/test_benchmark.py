@@ -398,7 +398,7 @@ def checkout(tmp_path):
 
 @pytest.mark.parametrize("name, runs", [
     ("redo_dqn_atari_fig9_redo", 2), ("drqv2_plasticity_fig3_fau", 2), ("adaptive_rr_fig9_returns", 3),
-    ("drm_fig2_hopper", 1), ("redo_supervised_fig3", 5),
+    ("drm_fig2_hopper", 1), ("redo_supervised_fig3", 5), ("crl_depth_offline_fig8", 12),
 ])  # fmt: skip
 def test_a_sweep_of_every_other_script(name, runs, checkout, tmp_path):
     done = checkout(name)

@@ -228,8 +228,9 @@ def tier_cell(path):
         for _, script, *flags in map(shlex.split, set(lines)):
             module = importlib.import_module(Path(script).stem)
             args = tyro.cli(module.Args, args=flags)
-            if hasattr(args, "epochs"):  # in gradient steps
-                steps.append(args.epochs * -(-args.num_images // args.batch_size) / 1e6)
+            if not hasattr(args, "env_id"):  # a study, in gradient steps
+                epochs = getattr(args, "epochs", None)
+                steps.append((epochs * -(-args.num_images // args.batch_size) if epochs else args.gradient_steps) / 1e6)
                 continue
             task = args.env_id.removeprefix("dm_control/").removesuffix("-v0")
             table = getattr(module, "TASKS", {})
