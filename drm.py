@@ -426,6 +426,7 @@ class Value(nn.Module):
         super().__init__()
         self.trunk = trunk(feature_size, feature_dim)
         self.v = head(feature_dim, hidden_dim, 1)
+        self.apply(init_layer)
 
     def forward(self, features):
         x = self.trunk(features).float()
@@ -472,7 +473,7 @@ class DrMAgent(DrQv2Agent):
 
     def __init__(self, action_dim, args):
         super().__init__(action_dim, args)
-        with torch.random.fork_rng(devices=[]):  # V has random numbers of its own: DrQ-v2's are the same without it
+        with torch.random.fork_rng(devices=[]):  # V's random numbers are its own: DrQ-v2's are the same without it
             self.value = Value(self.encoder.feature_size, args.feature_dim, args.hidden_dim)
             torch.default_generator.manual_seed(episode_seed(args.seed, 2, 4))
             self.value.apply(init_layer)
@@ -590,8 +591,8 @@ def truncated_normal(mean, std, clip: float) -> torch.Tensor:
 
 
 def update(agent, optimizers, args, batch: list) -> dict:
-    """Measures the dormant ratio; then one gradient step each for the value network, for critic and encoder, for the
-    actor, and for the target. batch: augmented obs, action, reward, discount, augmented next_obs, step (0-d) ->
+    """Measures the dormant ratio; then one gradient step for the value network, one for critic and encoder, one for the
+    actor, one for the target. batch: augmented obs, action, reward, discount, augmented next_obs, step (0-d) ->
     detached metrics, on the device."""
     obs, action, reward, discount, next_obs, step = batch
     encoder_optimizer, actor_optimizer, critic_optimizer, value_optimizer = optimizers

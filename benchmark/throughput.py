@@ -135,12 +135,13 @@ def measure_dqn_update(network, variant, options) -> dict:
 
 
 def measure_pixel_update(script, batch_size, variant, options) -> dict:
-    """drqv2_plasticity.drqv2_update (adaptive_rr.py has the same) or drm.drm_update on a walker's dimensions, sampling
-    and augmentation included."""
+    """drqv2_plasticity.drqv2_update (adaptive_rr.py has the same) or drm.update on a walker's dimensions, sampling and
+    augmentation included."""
     device = torch.device(options.device)
     if script == "drm":
-        args, update, agent = drm.Args(**drm.MEDIUM, **VARIANTS[variant]), drm.drm_update, drm.DrMAgent
-        optimizers, clock = drm.drm_optimizers, torch.full((), 3000, dtype=torch.float64, device=device)
+        args, agent = drm.Args(**options_of(variant, drm)), drm.DrMAgent
+        optimizers, clock = drm.make_drm_optimizers, torch.full((), 3000, dtype=torch.float64, device=device)
+        drm.set_precision(args.precision, device)
     else:
         args = drq.Args(learning_rate=1e-4, feature_dim=50, **VARIANTS[variant])
         update, agent, optimizers = drq.drqv2_update, drq.DrQv2Agent, drq.drqv2_optimizers
@@ -161,9 +162,13 @@ def measure_pixel_update(script, batch_size, variant, options) -> dict:
         obs, *others, next_obs = replay.sample(batch_size, generator)
         return [drq.random_shift(obs, 4), *others, drq.random_shift(next_obs, 4), clock]
 
-    step = partial(update, agent, optimizers, args=args)
-    if args.cudagraphs:
-        step = drq.capture_update(update, agent, optimizers, next_batch(), args)
+    if script == "drm":
+        step = partial(drm.update, agent, optimizers, args)
+        step = drm.capture(step, optimizers) if args.cudagraphs else step
+    else:
+        step = partial(update, agent, optimizers, args=args)
+        if args.cudagraphs:
+            step = drq.capture_update(update, agent, optimizers, next_batch(), args)
 
     def work():
         for _ in range(steps):
@@ -202,7 +207,7 @@ RUNS = {
                        f"{NEVER} --eval-steps 1 --eval-envs 1 --dormant-every {NEVER} --no-checkpoint-replay"),
     "drqv2_plasticity": (drq, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
     "adaptive_rr": (rr, 25, 300, f"{PIXEL_RUN} --rr-high 0.5"),  # it logs once per episode, 500 steps
-    "drm": (drm, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
+    "drm": (drm, 25, 300, PIXEL_RUN),
 }  # fmt: skip
 
 
