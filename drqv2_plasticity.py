@@ -521,7 +521,8 @@ def reset_layers(layers, optimizers: list, generator, step_counts: bool = False)
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.weight.copy_(initial_weight(layer, generator))
-            layer.bias.zero_()
+            if layer.bias is not None:
+                layer.bias.zero_()
         elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
             layer.reset_parameters()
         for parameter in layer.parameters(recurse=False):

@@ -138,8 +138,7 @@ drm_tiers() { # drm_tiers "TASKS at paper scale" [TASK at small scale]: sets see
   case $SCALE in
     smoke)
       seeds=1 tasks=hopper-hop
-      flags="$DRQ_SMOKE --total-timesteps 300 --eval-every 300 --log-every 50 --perturb-every 100
-        --plasticity-every 100 --plasticity-batch-size 64"
+      flags="$DRQ_SMOKE --total-timesteps 600 --eval-every 600 --perturb-every 200" # an episode has 500
       ;;
     small) seeds=1 tasks=${2:-hopper-hop} flags="--total-timesteps 200000 --eval-every 10000 --eval-episodes 5" ;;
     paper) seeds="1 2 3 4" flags="" ;;

@@ -7,8 +7,8 @@ source "$(dirname "$0")/common.sh"
 drm_tiers hopper-hop
 if [ "$SCALE" != smoke ]; then
   envs=dm_control/cartpole-balance-v0 seeds=1
-  flags="--total-timesteps 16000 --image-size 48 --hidden-dim 256 --batch-size 64 --amp --stddev-steps 10000
-    --perturb-every 6000 --eval-every 2000 --eval-episodes 4 --log-every 100 --plasticity-every 1000 --capture-video"
+  flags="--total-timesteps 16000 --image-size 48 --hidden-dim 256 --batch-size 64 --precision bfloat16
+    --stddev-steps 10000 --perturb-every 6000 --eval-every 2000 --eval-episodes 4 --capture-video"
 fi
 [ "$SCALE" != paper ] || seeds="1 2 3"
 sweep drm.py drm_cpu "$envs" "$seeds" $flags < <(

@@ -10,8 +10,8 @@ sweep drm.py drm "$envs" "$seeds" $flags < <(
   echo "no-awakening --stddev-type drqv2"
   echo "no-exploitation --target-lambda 0"
   echo "drqv2 $DRM_OFF"
-  echo "noise-by-ratio-alone --stddev-type dormant --stddev-steps None"
-  echo "fixed-factor --perturb-fixed-factor 0.9"
+  echo "noise-by-ratio-alone --stddev-start 0 --stddev-end 0"
+  echo "fixed-factor --min-perturb-factor 0.9 --max-perturb-factor 0.9"
   echo "constant-lambda --lambda-type constant"
 )
 draw benchmark/plot_drm.py curves --runs "drm-$SCALE-*" --envs $envs \

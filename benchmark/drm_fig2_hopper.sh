@@ -5,7 +5,7 @@
 source "$(dirname "$0")/common.sh"
 
 drm_tiers hopper-hop
-[ "$SCALE" != smoke ] || flags="$flags --eval-every 150"
+[ "$SCALE" != smoke ] || flags="$flags --eval-every 500"
 [ "$SCALE" != small ] || seeds="1 2"
 [ "$SCALE" != paper ] || { seeds="1 2 3 4 5 6 7 8" flags="--total-timesteps 500000"; }
 sweep drm.py drm "$envs" "$seeds" $flags --capture-video < <(echo "film $DRM_OFF")

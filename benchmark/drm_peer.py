@@ -4,9 +4,9 @@
     python benchmark/drm_peer.py DrM --out runs/figures/drm_peer
 
 Both get the same weights, batch and random numbers, in turn, in the same process: dormant ratio, critic loss, actor
-loss and V's loss are printed. Beside them DrQ-v2's update, as drqv2_plasticity.py has it: what DrM's parts cost.
-Official: agent.update on a batch of NumPy arrays, augmentation and metrics included; ours: random_shift and drm_update
-on a batch of tensors. Drawing the batch from the replay is in neither.
+loss and V's loss are printed. Beside them DrQ-v2's update, as adaptive_rr.py has it: what DrM's parts cost.
+Official: agent.update on a batch of NumPy arrays, augmentation and metrics included; ours: random_shift and update on a
+batch of tensors. Drawing the batch from the replay is in neither.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ import drqv2_plasticity_peer as peer
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import adaptive_rr as rr
 import drm
 
 STEP, ACTION_DIM = 3000, 4
@@ -39,7 +40,7 @@ def load_official(folder: str, device: str):
 
 def make_ours(official, device: str, **options) -> tuple:
     """Our agent with the official one's weights -> agent, optimizers, arguments."""
-    args = drm.Args(**drm.MEDIUM, **options)
+    args = drm.Args(max_perturb_factor=1.0, **options)
     agent = drm.DrMAgent(ACTION_DIM, args)
     pairs = dict(encoder=official.encoder, actor=official.actor, critic=official.critic,
                  critic_target=official.critic_target, value=official.value_predictor)  # fmt: skip
@@ -47,7 +48,7 @@ def make_ours(official, device: str, **options) -> tuple:
         weights = {k.replace("Q", "q").replace("V", "v"): v for k, v in theirs.state_dict().items()}
         getattr(agent, name).load_state_dict(weights)
     agent.to(device, memory_format=torch.channels_last)
-    return agent, drm.drm_optimizers(agent, args, torch.device(device)), args
+    return agent, drm.make_drm_optimizers(agent, args, torch.device(device)), args
 
 
 def main() -> None:
@@ -69,36 +70,33 @@ def main() -> None:
         metrics = step([*augmented(), torch.full((), STEP, dtype=torch.float64, device=device)])
         return [metrics[k] for k in ("drm/dormant_ratio", "losses/critic", "losses/actor", "losses/value")]
 
-    def prepared(captured=False, **flags):
+    def prepared(**flags):
         agent, optimizers, args = make_ours(official, device, **flags)
-        step = partial(drm.drm_update, agent, optimizers, args=args)
-        if captured:
-            batch = [*augmented(), torch.full((), STEP, dtype=torch.float64, device=device)]
-            step = drm.capture_update(drm.drm_update, agent, optimizers, batch, args)
-        return partial(our_step, step)
+        step = partial(drm.update, agent, optimizers, args)
+        return partial(our_step, drm.capture(step, optimizers) if args.cudagraphs else step)
 
     def plain(**flags):
-        """The update of drqv2_plasticity.py."""
-        args = peer.drq.Args(learning_rate=1e-4, feature_dim=50, **flags)
+        """The update of adaptive_rr.py."""
+        args = rr.Args(**flags)
         torch.manual_seed(0)
-        agent = peer.drq.DrQv2Agent(ACTION_DIM, args).to(device, memory_format=torch.channels_last)
-        optimizers = peer.drq.make_optimizers(agent, args, torch.device(device))
+        agent = rr.DrQv2Agent(ACTION_DIM, args).to(device, memory_format=torch.channels_last)
+        optimizers = rr.make_optimizers(agent, args, torch.device(device))
 
         def step():
-            metrics = peer.drq.update(agent, optimizers, args, [*augmented(), torch.ones((), device=device)])
+            metrics = rr.update(agent, optimizers, args, [*augmented(), torch.ones((), device=device)])
             return metrics["losses/critic"], metrics["losses/actor"]
 
         return step
 
     variants = {
         "official": official_step, "ours, float32": prepared(), "DrQ-v2, float32": plain(),
-        "ours, bfloat16": prepared(amp=True), "DrQ-v2, bfloat16": plain(amp=True),
+        "ours, bfloat16": prepared(precision="bfloat16"), "DrQ-v2, bfloat16": plain(precision="bfloat16"),
     }  # fmt: skip
     if options.no_bfloat16:
         variants = {name: step for name, step in variants.items() if "bfloat16" not in name}
     if device == "cuda":
-        variants["ours, float32, captured"] = prepared(True, cudagraphs=True)
-        variants["ours, bfloat16, captured"] = prepared(True, cudagraphs=True, amp=True)
+        variants["ours, float32, captured"] = prepared(cudagraphs=True)
+        variants["ours, bfloat16, captured"] = prepared(cudagraphs=True, precision="bfloat16")
     peer.compare(variants, size, options)
 
 

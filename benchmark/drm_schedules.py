@@ -5,7 +5,6 @@ python benchmark/drm_schedules.py --out runs/figures/drm_schedules      [drm.py'
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,17 +17,19 @@ import drm
 
 def draw(args: drm.Args, out: str) -> None:
     """Three panels over the dormant ratio: noise, perturb factor, lambda; a row of the CSV per point."""
-    beta = torch.linspace(0, 1, 101, dtype=torch.float64)
-    never, awake = torch.tensor(torch.inf), torch.tensor(0.0)
-    decayed = {share: torch.tensor(share * args.stddev_steps, dtype=torch.float64) for share in (0, 0.5, 1)}
+    beta, target = torch.linspace(0, 1, 101, dtype=torch.float64), args.target_dormant_ratio
+    decays = {"before awakening": 0.0}
+    for share in (0, 0.5, 1):
+        decays[f"awake, {share:.0%} of the decay"] = args.stddev_start + share * (args.stddev_end - args.stddev_start)
     curves = {
-        "exploration noise sigma": {"before awakening": drm.exploration_std(beta, awake, never, args)} | {
-            f"awake, {share:.0%} of the decay": drm.exploration_std(beta, step, awake, args)
-            for share, step in decayed.items()},
+        "exploration noise sigma": {
+            name: drm.exploration_std(beta, target, args.dormant_temperature, torch.tensor(lowest, dtype=beta.dtype))
+            for name, lowest in decays.items()},
         "perturb factor alpha": {
-            f"at most {largest}": drm.perturb_factor(beta, replace(args, max_perturb_factor=largest))
-            for largest in (1.0, 0.9, 0.6)},
-        "exploitation lambda": {"": drm.exploitation_lambda(beta, args)},
+            f"at most {highest}": drm.perturb_factor(beta, args.perturb_rate, args.min_perturb_factor, highest)
+            for highest in (1.0, 0.9, 0.6)},
+        "exploitation lambda": {
+            "": drm.exploitation_lambda(beta, target, args.lambda_temperature, args.target_lambda)},
     }  # fmt: skip
     figure, axes = panels(len(curves))
     rows = []
@@ -48,5 +49,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     options, flags = parser.parse_known_args()
-    given = tyro.cli(drm.Args, args=flags)
-    draw(replace(given, stddev_steps=given.stddev_steps or drm.MEDIUM["stddev_steps"]), options.out)
+    draw(tyro.cli(drm.Args, args=flags), options.out)

@@ -135,12 +135,13 @@ def measure_dqn_update(network, variant, options) -> dict:
 
 
 def measure_pixel_update(script, batch_size, variant, options) -> dict:
-    """drqv2_plasticity.drqv2_update (adaptive_rr.py has the same) or drm.drm_update on a walker's dimensions, sampling
-    and augmentation included."""
+    """drqv2_plasticity.update (adaptive_rr.py has the same) or drm.update on a walker's dimensions, sampling and
+    augmentation included."""
     device = torch.device(options.device)
     if script == "drm":
-        args, update, agent = drm.Args(**drm.MEDIUM, **VARIANTS[variant]), drm.drm_update, drm.DrMAgent
-        optimizers, clock = drm.drm_optimizers, torch.full((), 3000, dtype=torch.float64, device=device)
+        args, agent = drm.Args(**options_of(variant, drm)), drm.DrMAgent
+        optimizers, clock = drm.make_drm_optimizers, torch.full((), 3000, dtype=torch.float64, device=device)
+        drm.set_precision(args.precision, device)
     else:
         args = drq.Args(**options_of(variant, drq))
         update, agent, optimizers = drq.update, drq.DrQv2Agent, drq.make_optimizers
@@ -161,9 +162,13 @@ def measure_pixel_update(script, batch_size, variant, options) -> dict:
         obs, *others, next_obs = replay.sample(batch_size, generator)
         return [drq.random_shift(obs, 4), *others, drq.random_shift(next_obs, 4), clock]
 
-    step = partial(update, agent, optimizers, args=args)
-    if args.cudagraphs:
-        step = drq.capture_update(update, agent, optimizers, next_batch(), args)
+    if script == "drm":
+        step = partial(drm.update, agent, optimizers, args)
+        step = drm.capture(step, optimizers) if args.cudagraphs else step
+    else:
+        step = partial(update, agent, optimizers, args=args)
+        if args.cudagraphs:
+            step = drq.capture_update(update, agent, optimizers, next_batch(), args)
 
     def work():
         for _ in range(steps):
@@ -201,8 +206,8 @@ RUNS = {
     "redo_dqn_atari": (redo, 5, 1000, f"--learning-starts 1000 --buffer-size 5000 --max-episode-steps 200 --eval-every "
                        f"{NEVER} --eval-steps 1 --eval-envs 1 --dormant-every {NEVER} --no-checkpoint-replay"),
     "drqv2_plasticity": (drq, 25, 300, f"{PIXEL_RUN} --plasticity-every {NEVER}"),
-    "adaptive_rr": (rr, 25, 300, f"{PIXEL_RUN} --rr-high 0.5"),  # both log once per episode, 500 steps
-    "drm": (drm, 1, 300, f"{PIXEL_RUN} --log-every 20 --plasticity-every {NEVER}"),
+    "adaptive_rr": (rr, 25, 300, f"{PIXEL_RUN} --rr-high 0.5"),  # they log once per episode, 500 steps
+    "drm": (drm, 25, 300, PIXEL_RUN),
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ ADAPTIVE = (
     "--exploration-steps 30 --total-timesteps 120 --stddev-steps 100 --eval-every 60 --eval-episodes 2"
 ).split()
 PIXELS = [*ADAPTIVE, "--plasticity-every", "40", "--plasticity-batch-size", "8"]
-DRM = [*PIXELS, "--log-every", "20", "--max-perturb-factor", "0.9", "--perturb-every", "50"]
+DRM = [*ADAPTIVE, "--perturb-every", "50"]
 TINY = {  # script -> flags
     crl_deep: POINT, redo_dqn_atari: ATARI, drqv2_plasticity: PIXELS, adaptive_rr: ADAPTIVE, drm: DRM,
 }  # fmt: skip

@@ -99,7 +99,7 @@ def test_detector_switches_when_the_official_state_machine_does():
             assert expected == (detector.switched and not before)
             before = detector.switched
         switched += before
-    assert 5 < switched < 30  # some do, others do not
+    assert switched > 5
 
 
 def switch(series, **options):

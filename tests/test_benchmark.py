@@ -222,13 +222,13 @@ def test_detectors_replayed_on_logged_runs():
 
 
 def test_behaviour_shows_the_films_of_the_chosen_steps(monkeypatch):
-    flags = [*helpers.DRM, "--capture-video", "--exp-name", "drm-smoke-film", "--eval-every", "30"]
+    flags = [*helpers.DRM, "--capture-video", "--exp-name", "drm-smoke-film", "--eval-every", "40"]
     run_dir = helpers.run(drm, *flags)
     (run,) = plotting.load_runs("drm-smoke-film")
     assert run.folder.resolve() == run_dir.resolve()
-    assert plot_drm.film_steps(run, []) == [0, 30, 60, 90, 120]
-    assert plot_drm.film_steps(run, [], count=3) == [0, 60, 120]
-    assert plot_drm.film_steps(run, [1, 70, 1000]) == [0, 60, 120]
+    assert plot_drm.film_steps(run, []) == [0, 40, 80, 120]
+    assert plot_drm.film_steps(run, [], count=3) == [0, 40, 120]
+    assert plot_drm.film_steps(run, [1, 70, 1000]) == [0, 80, 120]
     plot_drm.behaviour([run], [0, 120], "out")
     rows = read_csv("out.csv")
     assert {row["tag"] for row in rows} == {"drm/dormant_ratio", "return"}

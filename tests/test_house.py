@@ -39,7 +39,7 @@ def test_scripts_import_only_what_requirements_list(script):
 
 # What every script has under the same name, and writes for itself
 OWN = "Args train task_defaults check_args replay_capacity make_env make_envs act update evaluate sample_batch".split()
-OLD = ["crl_deep.py", "drm.py"]  # not yet of the shape that house rules ask for
+OLD = ["crl_deep.py"]  # not yet of the shape that house rules ask for
 
 
 def test_same_name_means_same_source():
@@ -66,9 +66,10 @@ def test_the_housekeeping_is_the_same_text():
 # (redo_dqn_atari, studies), 690 (drqv2_plasticity) and 300 below. Where more stands here: redo_dqn_atari.py has two
 # networks and two protocols, drqv2_plasticity.py twelve interventions, each of which a figure of the paper needs;
 # below, the check of memory, dead environments, films and checkpoints that do not fit take what nobody foresaw.
+# of drm.py (670), 553 are DrQ-v2's, word for word; below, flags that do nothing are refused
 LENGTHS = {
-    "adaptive_rr": (590, 342), "drqv2_plasticity": (800, 362), "redo_dqn_atari": (685, 318),
-    "redo_variants": (600, 318),
+    "adaptive_rr": (590, 342), "drqv2_plasticity": (805, 365), "redo_dqn_atari": (685, 318),
+    "redo_variants": (600, 318), "drm": (695, 365),
 }  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def tier_cell(path):
         steps = []
         for _, script, *flags in map(shlex.split, set(lines)):
             module = importlib.import_module(Path(script).stem)
-            args = tyro.cli(module.Args, args=flags)
+            args = module.parse_args(flags) if ROOT / script in SHAPED else tyro.cli(module.Args, args=flags)
             if not hasattr(args, "env_id"):  # a study, in gradient steps
                 epochs = getattr(args, "epochs", None)
                 steps.append((epochs * -(-args.num_images // args.batch_size) if epochs else args.gradient_steps) / 1e6)

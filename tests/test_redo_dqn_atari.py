@@ -16,6 +16,7 @@ import redo_dqn_atari as redo
 
 NETWORKS = [dict(padding="same"), dict(padding="valid"), dict(network="resnet")]
 CPU = torch.device("cpu")
+RUN = SimpleNamespace(stopped=None, bar=SimpleNamespace(set_description=str))
 
 
 def small_args(**changes):
@@ -369,7 +370,7 @@ def test_everything_is_edited_in_place_and_the_target_is_left_alone(options):
     pointers += [v.data_ptr() for state in optimizer.state.values() for v in state.values()]
     target = copy.deepcopy(agent.target_network.state_dict())
     assert sum(mask.sum() for mask in recycle(agent.q_network, optimizer, random_obs(), 0.5)) > 0
-    redo.reset_layers([agent.q_network.layers[name] for name in ("dense", "head")], optimizer, seeded())
+    redo.reset_layers([agent.q_network.layers[name] for name in ("dense", "head")], [optimizer], seeded())
     redo.update(agent, optimizer, args, random_batch())
     assert all(torch.equal(a, b) for a, b in zip(target.values(), agent.target_network.state_dict().values()))
     again = [p.data_ptr() for p in agent.parameters()]
@@ -752,7 +753,7 @@ class FakeGames:
 
 
 def evaluate(q_network, envs, args, number=7):
-    return redo.evaluate(q_network, envs, args, number, CPU, SimpleNamespace(stopped=None))
+    return redo.evaluate(q_network, envs, args, number, CPU, RUN)
 
 
 def test_evaluation_finishes_every_episode_it_began():
