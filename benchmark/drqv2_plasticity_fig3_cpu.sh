@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 3 in small on a CPU: Walker Walk with and without augmentation, 30,000 steps (60,000 frames), pictures of 48 x 48,
-# heads of 256 units, batches of 64, n-step 3, float32 (--amp only on CPUs with bfloat16 instructions: without them an
+# heads of 256 units, batches of 64, n-step 3, float32 (--precision bfloat16 only on CPUs with bfloat16 instructions: without them an
 # update took 8 times as long). Not run yet: on two cores with AVX2 an update took 0.125 s and a step without it 0.023 s,
 # which makes 4 core-hours for the six runs of SCALE=small.
 # Expected, and written down before the runs: the critic's active units are higher with augmentation than without by at

@@ -34,20 +34,11 @@ import redo_dqn_atari as redo
 
 VARIANTS = {
     "eager": {},
-    "bfloat16": dict(amp=True),
+    "bfloat16": dict(precision="bfloat16"),
     "compiled": dict(compile=True),
     "captured": dict(cudagraphs=True),
     "compiled + captured": dict(compile=True, cudagraphs=True),
 }
-
-
-def options_of(variant, module) -> dict:
-    """The variant as arguments of this script: one with --precision has no --amp."""
-    options = dict(VARIANTS[variant])
-    if "amp" in options and hasattr(module.Args, "precision"):
-        del options["amp"]
-        options["precision"] = "bfloat16"
-    return options
 
 
 def timed(work, repeats: int, device: str) -> list:
@@ -70,7 +61,7 @@ def peak_resident_gb() -> float:
 def measure_update(depth, variant, options) -> dict:
     """crl_deep.update at the paper's width and batch, on the ant's dimensions; the actor at most 512 deep."""
     device = torch.device(options.device)
-    args = crl.Args(critic_depth=depth, actor_depth=min(depth, 512), device=options.device, **options_of(variant, crl))
+    args = crl.Args(critic_depth=depth, actor_depth=min(depth, 512), device=options.device, **VARIANTS[variant])
     crl.set_precision(args.precision, device)
     agent = crl.Agent(29, 2, 8, args).to(device)
     optimizers = crl.adam_optimizers(agent, args, device)
@@ -109,7 +100,7 @@ NETWORKS = {"Nature, SAME": {}, "Nature, VALID": dict(padding="valid"), "ResNet"
 def measure_dqn_update(network, variant, options) -> dict:
     """redo_dqn_atari.update at the paper's batch of 32, sampling included."""
     device = torch.device(options.device)
-    args = redo.Args(device=options.device, **NETWORKS[network], **options_of(variant, redo))
+    args = redo.Args(device=options.device, **NETWORKS[network], **VARIANTS[variant])
     redo.set_precision(args.precision, device)
     agent = redo.DQNAgent(6, args).to(device, memory_format=torch.channels_last)
     optimizer = redo.make_optimizer(agent, args, device)
@@ -136,20 +127,22 @@ def measure_dqn_update(network, variant, options) -> dict:
 def measure_pixel_update(script, batch_size, variant, options) -> dict:
     """drqv2_plasticity.update (adaptive_rr.py has the same) or drm.update on a walker's dimensions, sampling and
     augmentation included."""
-    device = torch.device(options.device)
-    if script == "drm":
-        args, agent = drm.Args(**options_of(variant, drm)), drm.DrMAgent
-        optimizers, clock = drm.make_drm_optimizers, torch.full((), 3000, dtype=torch.float64, device=device)
-        drm.set_precision(args.precision, device)
+    device, module = torch.device(options.device), {"drm": drm, "drqv2_plasticity": drq}[script]
+    args = module.Args(**VARIANTS[variant])
+    module.set_precision(args.precision, device)
+    if module is drm:
+        agent, make_optimizers = drm.DrMAgent(6, args), drm.make_drm_optimizers
+        clock = torch.full((), 3000, dtype=torch.float64, device=device)
     else:
-        args = drq.Args(**options_of(variant, drq))
-        update, agent, optimizers = drq.update, drq.DrQv2Agent, drq.make_optimizers
+        agent, make_optimizers = drq.DrQv2Agent(6, args), drq.make_optimizers
         clock = torch.full((), 0.5, device=device)
-    agent = agent(6, args).to(device, memory_format=torch.channels_last)
+    agent.to(device, memory_format=torch.channels_last)
     if args.compile:
-        for module in agent.children():
-            module.compile(dynamic=False)
-    optimizers = optimizers(agent, args, device)
+        module.compile_modules(*agent.children())
+    optimizers = make_optimizers(agent, args, device)
+    step = partial(module.update, agent, optimizers, args)
+    if args.cudagraphs:
+        step = module.capture(step, optimizers)
     replay, generator = drq.PixelReplay(2000, 6, device), torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)
     replay.add_first(np.zeros((3, 84, 84), np.uint8))
@@ -161,14 +154,6 @@ def measure_pixel_update(script, batch_size, variant, options) -> dict:
         obs, *others, next_obs = replay.sample(batch_size, generator)
         return [drq.random_shift(obs, 4), *others, drq.random_shift(next_obs, 4), clock]
 
-    if script == "drm":
-        step = partial(drm.update, agent, optimizers, args)
-        step = drm.capture(step, optimizers) if args.cudagraphs else step
-    else:
-        step = partial(update, agent, optimizers, args=args)
-        if args.cudagraphs:
-            step = drq.capture_update(update, agent, optimizers, next_batch(), args)
-
     def work():
         for _ in range(steps):
             step(next_batch())
@@ -179,16 +164,17 @@ def measure_pixel_update(script, batch_size, variant, options) -> dict:
 
 def measure_pixels(env_id, options) -> dict:
     """Random actions in one dm_control task in its own process, rendering included."""
-    envs = drq.make_envs(drq.Args(env_id=env_id), 1)
-    envs.reset(seed=[1])
+    envs = drq.Environments(drq.Args(env_id=env_id), 1, run=None)
+    envs.reset([1])
     rng, steps = np.random.default_rng(0), 200
-    actions = rng.uniform(-1, 1, (steps, *envs.action_space.shape)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (steps, *envs.envs.action_space.shape)).astype(np.float32)
 
     def work():
         for action in actions:
-            *_, truncated, _ = envs.step(action)
+            envs.step_async(action)
+            *_, truncated, _ = envs.step_wait()
             if truncated[0]:
-                envs.reset()
+                envs.reset([1])
 
     row = steps_row(env_id, "1 process", timed(work, options.repeats, "cpu"), steps, 1)
     envs.close()
@@ -215,7 +201,7 @@ def measure_run(script, variant, options) -> dict:
     excluded."""
     module, scale, start, flags = RUNS[script]
     flags += f" --total-timesteps {start + scale * max(60, options.work)} --device {options.device}"
-    for name, value in options_of(variant, module).items():
+    for name, value in VARIANTS[variant].items():
         flags += f" --{name}" if value is True else f" --{name} {value}"
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

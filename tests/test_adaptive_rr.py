@@ -263,8 +263,9 @@ def test_static_is_drqv2_of_the_study(serial, monkeypatch):
     flags = ["--env-id", "pixel_env:Dot64-v0"]
     ours = checkpoint(run(*ADAPTIVE, *STATIC, *flags))
     theirs = checkpoint(helpers.run(drq, *helpers.PIXELS, *flags))
-    for part in ("agent", "optimizer0", "optimizer1", "optimizer2"):
-        assert_same(ours[part], theirs[part])
+    assert_same(ours["agent"], theirs["agent"])
+    for part in ("optimizer0", "optimizer1", "optimizer2"):
+        assert_same(ours[part]["state"], theirs[part]["state"])
 
 
 @pytest.mark.parametrize("flags", [

@@ -423,4 +423,4 @@ def test_importing_needs_torch_and_numpy_only():
 
 def test_the_head_lists_what_requirements_pin():
     listed = [line[7:-2] for line in Path(study.__file__).read_text().splitlines() if line.startswith('#     "')]
-    assert len(listed) == 7 and set(listed) <= set((ROOT / "requirements.txt").read_text().split())
+    assert len(listed) == 8 and set(listed) <= set((ROOT / "requirements.txt").read_text().split())
