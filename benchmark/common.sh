@@ -30,7 +30,7 @@ SMOKE="--total-timesteps 60000 --eval-every 10000 --batch-size 128 --width 32 --
 depth_tiers() { # crl_deep.py's studies over depth, Figs. 5, 6 and 16: sets seeds, envs, depths and flags for this SCALE
   case $SCALE in
     smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;
-    small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
+    small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000 --eval-every 200000" ;;
     paper) seeds="1 2 3" envs="humanoid ant_big_maze" depths="4 8 16 32 64" flags="" ;;
   esac
 }

@@ -5,10 +5,10 @@ source "$(dirname "$0")/common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;
-  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
+  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000 --eval-every 200000" ;;
   paper) seeds=1 envs=humanoid depths="4 64" flags="" ;;
 esac
 sweep crl_deep.py fig10 "$envs" "$seeds" $flags < <(
-  for depth in $depths; do echo "d$depth --depth $depth --save-embeddings"; done
+  for depth in $depths; do echo "d$depth --depth $depth"; done
 )
 draw benchmark/plot_crl_deep.py fig10 --runs "fig10-$SCALE-*"

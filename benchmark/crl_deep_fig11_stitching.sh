@@ -5,7 +5,7 @@ source "$(dirname "$0")/common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_u_maze_gen_1f2f3f depths="4 8" flags=$SMOKE ;;
-  small) seeds=1 envs=ant_u_maze_gen_1f2f3f depths="4 16" flags="--total-timesteps 20000000" ;;
+  small) seeds=1 envs=ant_u_maze_gen_1f2f3f depths="4 16" flags="--total-timesteps 20000000 --eval-every 200000" ;;
   paper) seeds="1 2 3" envs=ant_u_maze_gen_1f2f3f depths="4 16 64" flags="" ;;
 esac
 sweep crl_deep.py fig11 "$envs" "$seeds" $flags < <(

@@ -6,9 +6,9 @@ source "$(dirname "$0")/common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 32" limit=16 flags=$SMOKE ;;
-  small) seeds=1 envs=humanoid_u_maze depths="4 64 256" limit=512 flags="--total-timesteps 5000000" ;;
+  small) seeds=1 envs=humanoid_u_maze depths="4 64 256" limit=512 flags="--total-timesteps 5000000 --eval-every 50000" ;;
   paper) seeds="1 2 3" envs="humanoid_u_maze humanoid_big_maze" depths="4 64 256 512 1024" limit=512
-    flags="--total-timesteps 150000000" ;;
+    flags="--total-timesteps 150000000 --eval-every 1500000" ;;
 esac
 sweep crl_deep.py fig12 "$envs" "$seeds" $flags < <(
   for depth in $depths; do

@@ -5,10 +5,10 @@ source "$(dirname "$0")/common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="8 16" flags=$SMOKE ;;
-  small) seeds=1 envs=humanoid depths="32 64" flags="--total-timesteps 5000000" ;;
+  small) seeds=1 envs=humanoid depths="32 64" flags="--total-timesteps 5000000 --eval-every 50000" ;;
   paper) seeds=1 envs=humanoid depths="32 64 128 256" flags="" ;;
 esac
 sweep crl_deep.py fig17 "$envs" "$seeds" $flags < <(
-  for depth in $depths; do echo "d$depth --depth $depth --log-residual-norms"; done
+  for depth in $depths; do echo "d$depth --depth $depth"; done
 )
 draw benchmark/plot_crl_deep.py fig17 --runs "fig17-$SCALE-*"

@@ -5,7 +5,7 @@ source "$(dirname "$0")/common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 8" batches="32 128" flags=$SMOKE ;;
-  small) seeds=1 envs=ant_hardest_maze depths="4 16" batches="128 512" flags="--total-timesteps 20000000" ;;
+  small) seeds=1 envs=ant_hardest_maze depths="4 16" batches="128 512" flags="--total-timesteps 20000000 --eval-every 200000" ;;
   paper) seeds="1 2 3" envs=humanoid depths="4 8 16 64" batches="128 256 512 1024 2048" flags="" ;;
 esac
 sweep crl_deep.py fig7 "$envs" "$seeds" $flags < <(

@@ -5,10 +5,10 @@ source "$(dirname "$0")/common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_u4_maze depths="4 8" flags=$SMOKE ;;
-  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
+  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000 --eval-every 200000" ;;
   paper) seeds=1 envs=ant_u4_maze depths="4 64" flags="" ;;
 esac
 sweep crl_deep.py fig9 "$envs" "$seeds" $flags < <(
-  for depth in $depths; do echo "d$depth --depth $depth --save-value-map"; done
+  for depth in $depths; do echo "d$depth --depth $depth"; done
 )
 draw benchmark/plot_crl_deep.py fig9 --runs "fig9-$SCALE-*"

@@ -5,7 +5,7 @@ source "$(dirname "$0")/common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;
-  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000" ;;
+  small) seeds=1 envs=ant_hardest_maze depths="4 16" flags="--total-timesteps 20000000 --eval-every 200000" ;;
   paper) seeds="1 2 3" envs=humanoid depths="4 16 32" flags="" ;;
 esac
 sweep crl_deep.py table2 "$envs" "$seeds" $flags < <(

@@ -5,11 +5,13 @@
 FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig9, fig10, fig11, fig12, fig16, fig17 or table2. Each
 is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of the last five
 evaluations. Bands are 95% bootstrap confidence intervals over seeds. Stars are the paper's numbers, at its own number
-of steps and on Brax's physics, which is not the one simulated here; the arm panels of the paper are omitted.
+of steps and on Brax's physics, which is not the one simulated here; the arm panels of the paper are omitted. What
+quickstart, fig9, fig10 and fig17 show is computed from the run's checkpoint.pt: its last evaluation is played again.
 """
 
 import argparse
 
+import crl_deep_looks as looks
 import matplotlib.pyplot as plt
 import numpy as np
 from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
@@ -114,9 +116,10 @@ def finals(runs, out, x, series, xlabel, paper=None) -> None:
 
 
 def parameters(run) -> float:
-    """Parameters of the three networks' hidden layers, the paper's x axis in Fig. 4."""
-    nets = [("actor", 1), ("critic", 2)]
-    return sum(n * run.args[f"{k}_depth"] * run.args[f"{k}_width"] * (run.args[f"{k}_width"] + 3) for k, n in nets)
+    """Parameters of the three networks' hidden layers, the paper's x axis in Fig. 4: linear in the depth, quadratic in
+    the width (the paper's project page says it the other way round)."""
+    width, layers = run.args["width"], run.args["actor_depth"] + 2 * run.args["critic_depth"]
+    return layers * width * (width + 3)
 
 
 def heatmap(runs, out) -> None:
@@ -171,7 +174,7 @@ def value_maps(runs, out) -> None:
     figure, axes = panels(len(runs), 4, 3.4)
     rows = []
     for axis, run in zip(axes, sorted(runs, key=depth_of)):
-        saved = np.load(run.folder / "value_map.npz")
+        saved = looks.value_map(*looks.last_evaluation(run.folder))
         k = int(np.argmax(np.linalg.norm(saved["goals"][:, :2] - saved["paths"][0, 0, :2], axis=1)))
         draw_value_map(axis, saved, k)
         axis.set_title(f"{run.args['env_id']}, depth {depth_of(run)}")
@@ -186,7 +189,8 @@ def embeddings(runs, out) -> None:
     figure = plt.figure(figsize=(4 * len(runs), 3.6))
     rows = []
     for i, run in enumerate(sorted(runs, key=depth_of)):
-        saved = np.load(run.folder / "embeddings.npz")
+        agent, _, record = looks.last_evaluation(run.folder)
+        saved = looks.embeddings(agent, record)
         centred = saved["phi"] - saved["phi"].mean(0)
         _, scale, axes = np.linalg.svd(centred, full_matrices=False)
         points = centred @ axes[:3].T
@@ -202,18 +206,20 @@ def embeddings(runs, out) -> None:
 
 
 def residual_norms(runs, out) -> None:
-    """Fig. 17: mean L2 norm of every block's residual at the last evaluation."""
+    """Fig. 17: mean L2 norm of every block's residual at the end, on a batch of the trained policy's own episodes."""
+    norms = {}
+    for run in sorted(runs, key=depth_of):
+        agent, args, _ = looks.load(run.folder)
+        norms[run.args["env_id"], depth_of(run)] = looks.residual_norms(agent, looks.training_batch(agent, args))
     networks = ("actor", "state_action_encoder", "goal_encoder")
     figure, axes = panels(3)
     rows = []
     for axis, network in zip(axes, networks):
-        for run in sorted(runs, key=depth_of):
-            tags = sorted(t for t in run.events.Tags()["scalars"] if t.startswith(f"residual/{network}/"))
-            norms = [run.series(tag)[1][-1] for tag in tags]
-            axis.plot(np.arange(len(norms)), norms, "o-", ms=3, label=f"depth {depth_of(run)}")
+        for (env_id, depth), of_network in norms.items():
+            values = of_network[network]
+            axis.plot(np.arange(len(values)), values, "o-", ms=3, label=f"depth {depth}")
             rows += [
-                dict(env_id=run.args["env_id"], network=network, depth=depth_of(run), block=i, norm=norm)
-                for i, norm in enumerate(norms)
+                dict(env_id=env_id, network=network, depth=depth, block=i, norm=norm) for i, norm in enumerate(values)
             ]
         axis.set(title=network, xlabel="block", ylabel="mean norm of the residual")
         axis.legend(frameon=False, fontsize=7)
@@ -252,7 +258,7 @@ def spread_goals(saved, count=3) -> list:
 def quickstart(runs, out) -> None:
     """Success over steps, and for three far goals the critic's value map with the learned policy's paths."""
     run = runs[-1]
-    saved = np.load(run.folder / "value_map.npz")
+    saved = looks.value_map(*looks.last_evaluation(run.folder))
     numbers = spread_goals(saved)
     figure, axes = panels(1 + len(numbers), 3.9, 3.3)
     steps, success = run.series("eval/success_any")

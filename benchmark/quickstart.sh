@@ -2,6 +2,6 @@
 # Installs everything into .venv, trains crl_deep.py on its default (a point mass in a room) and draws what it learned.
 source "$(dirname "${BASH_SOURCE[0]}")/../install.sh"
 exp="quickstart-$(date +%s)"
-python crl_deep.py --exp-name "$exp" --save-value-map --save-model "$@"
+python crl_deep.py --exp-name "$exp" --save-model "$@"
 python benchmark/plot_crl_deep.py quickstart --runs "$exp" --out runs/figures/quickstart
 echo "look at runs/figures/quickstart.png"

@@ -69,30 +69,29 @@ def peak_resident_gb() -> float:
 
 def measure_update(depth, variant, options) -> dict:
     """crl_deep.update at the paper's width and batch, on the ant's dimensions; the actor at most 512 deep."""
-    device = options.device
-    args = crl.resolve_args(crl.Args(env_id="ant_big_maze", critic_depth=depth, actor_depth=min(depth, 512),
-                                     device=device, **VARIANTS[variant]))  # fmt: skip
+    device = torch.device(options.device)
+    args = crl.Args(critic_depth=depth, actor_depth=min(depth, 512), device=options.device, **options_of(variant, crl))
+    crl.set_precision(args.precision, device)
     agent = crl.Agent(29, 2, 8, args).to(device)
+    optimizers = crl.adam_optimizers(agent, args, device)
+    learn = partial(crl.update, agent, optimizers, args)
+    if args.cudagraphs:
+        learn = crl.capture(learn, optimizers)
     if args.compile:
-        for block in [m for m in agent.modules() if isinstance(m, crl.ResidualBlock)]:
-            block.compile(dynamic=False)
-    optimizers = crl.make_optimizers(agent, args, torch.device(device))
-    replay = crl.Replay(1000, 512, 29, 8, 2, torch.device(device))
+        crl.compile_modules(*[module for module in agent.modules() if isinstance(module, crl.ResidualBlock)])
+    replay = crl.Replay(1000, 512, 29, 2, 8, device)
     replay.state.normal_()
     replay.action.uniform_(-1, 1)
     replay.size = 1000
     steps = max(3, options.work // depth)
     indices = replay.sample(steps, args.batch_size, 1000, args.gamma)
-    step = crl.update
-    if args.cudagraphs:
-        captured = crl.capture_update(crl.update, agent, optimizers, replay.gather(*(x[0] for x in indices)), args)
 
     def work():
         for index in zip(*indices):
-            batch = replay.gather(*index)
-            captured(batch) if args.cudagraphs else step(agent, optimizers, batch, args)
+            learn(replay.gather(*index))
 
-    return update_row(f"crl_deep, depth {depth}", variant, timed(work, options.repeats, device), steps, device)
+    return update_row(f"crl_deep, depth {depth}", variant, timed(work, options.repeats, options.device), steps,
+                      options.device)  # fmt: skip
 
 
 def update_row(what, variant, seconds, steps, device) -> dict:
@@ -255,7 +254,7 @@ def measure_environment(env_id, num_envs, options) -> dict:
         for i in range(steps):
             envs.reset(envs.step(actions[i % 8]))
 
-    variant = f"{num_envs} envs, {os.cpu_count()} threads"
+    variant = f"{num_envs} envs, {torch.get_num_threads()} threads"
     return steps_row(env_id, variant, timed(work, options.repeats, "cpu"), steps, num_envs)
 
 

@@ -22,7 +22,7 @@ import redo_dqn_atari
 # Tiny runs: a few seconds each
 POINT = (
     "--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 3 --batch-size 8 --width 16 "
-    "--learning-starts 80 --total-timesteps 600 --buffer-size 400 --eval-episodes 3 --eval-every 80 --num-threads 2"
+    "--learning-starts 80 --total-timesteps 600 --buffer-size 400 --eval-episodes 3 --eval-every 80"
 ).split()
 ATARI_DQN = (
     "--width 0.125 --padding valid --batch-size 8 --learning-starts 60 --total-timesteps 240 --buffer-size 250 "

@@ -1,6 +1,8 @@
 """Reading runs, confidence bands, and one sweep from the command to the picture."""
 
+import argparse
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -12,12 +14,15 @@ import helpers
 import mujoco
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from moviepy import VideoFileClip
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import adaptive_rr_detector  # noqa: E402
+import crl_deep_peer  # noqa: E402
 import drm_schedules  # noqa: E402
 import plot_adaptive_rr as plot_rr  # noqa: E402
 import plot_crl_deep  # noqa: E402
@@ -448,11 +453,62 @@ def test_film(monkeypatch, capsys):
     with VideoFileClip(str(crl_deep_film.film(run_dir))) as clip:
         assert clip.size == [640, 480] and clip.duration == pytest.approx(20 * 0.05, abs=0.1)
         assert clip.get_frame(0).std() > 10
-    monkeypatch.setitem(sys.modules, "mujoco.egl", None)
-    monkeypatch.delattr(mujoco, "egl")
+    monkeypatch.setattr(mujoco, "Renderer", None)
     with pytest.raises(SystemExit) as stopped:
         crl_deep_film.film(run_dir)
     assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
+
+
+OFFICIAL = """
+import wandb_that_nobody_has
+class Actor:
+    pass
+if __name__ == "__main__":
+    @wandb.jit
+    def update_critic(x):
+        def critic_loss(y):
+            return y + 1
+        return critic_loss(x)
+"""
+
+
+def test_the_peer_cuts_functions_out_of_a_file(capsys):
+    Path("train.py").write_text(OFFICIAL)
+    found = crl_deep_peer.cut("train.py", ["Actor", "update_critic"])
+    scope = {}
+    exec(found["update_critic"], scope)
+    assert scope["update_critic"](1) == 2 and found["Actor"].startswith("class Actor")
+    with pytest.raises(SystemExit) as stopped:
+        crl_deep_peer.cut("train.py", ["Actor", "sgd_step"])
+    assert stopped.value.code == 2 and "it has no sgd_step" in capsys.readouterr().err
+    if importlib.util.find_spec("jax") is None:
+        with pytest.raises(SystemExit) as stopped:
+            crl_deep_peer.official_step("train.py", 4, None)
+        assert stopped.value.code == 2 and "pip install jax flax optax" in capsys.readouterr().err
+
+
+def test_the_peer_gives_both_sides_the_same_weights(monkeypatch):
+    """Our networks with its weights compute what they say, by hand; its step learns."""
+    monkeypatch.setattr(torch, "randn_like", torch.randn_like)  # which our_step replaces
+    monkeypatch.setattr(crl_deep_peer, "WIDTH", 16)
+    agents, make = [], crl_deep.Agent
+    monkeypatch.setattr(crl_deep, "Agent", lambda *values: agents.append(make(*values)) or agents[0])
+    options = argparse.Namespace(device="cpu", batch_size=8, steps=2)
+    step, peak_gb = crl_deep_peer.our_step(4, options, precision="float32", width=16)
+    x = torch.randn(3, crl_deep_peer.GOAL)
+    h = [torch.from_numpy(a) for layer in crl_deep_peer.make_weights(4)["g"] for a in layer]
+    kernels, biases = h[::2], h[1::2]
+
+    def hidden(x, i):
+        return F.silu(F.layer_norm(x @ kernels[i] + biases[i], (16,), eps=1e-6))
+
+    stem = hidden(x, 0)
+    block = stem
+    for i in range(1, 5):
+        block = hidden(block, i)
+    torch.testing.assert_close(agents[0].psi(x), (stem + block) @ kernels[5] + biases[5])
+    first, second = step(), step()
+    assert first != second and peak_gb() > 0
 
 
 def test_film_of_a_game():

@@ -1,10 +1,12 @@
 """crl_deep.py: every formula, the environments and the replay, against hand-made values and brute force."""
 
-import contextlib
 import copy
 import math
-import unittest.mock
+import re
+import sys
 from collections import deque
+from functools import partial
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -14,11 +16,14 @@ import torch
 import crl_deep as crl
 from crl_deep import Args, MujocoEnvs, Replay, contrastive_loss, future_offset
 
+sys.path.insert(0, str(Path(crl.__file__).parent / "benchmark"))
+import crl_deep_looks as looks  # noqa: E402
+
 
 def small_args(**changes):
     defaults = dict(
-        actor_width=16, critic_width=16, actor_depth=4, critic_depth=4, learning_rate=1e-3, batch_size=8,
-        num_envs=4, unroll_length=5, gradient_steps=2,
+        width=16, actor_depth=4, critic_depth=4, learning_rate=1e-3, batch_size=8, num_envs=4, unroll_length=5,
+        gradient_steps=2,
     )  # fmt: skip
     return Args(**(defaults | changes))
 
@@ -27,7 +32,23 @@ def small_agent(seed=0, **changes):
     torch.manual_seed(seed)
     args = small_args(**changes)
     agent = crl.Agent(4, 2, 2, args)
-    return agent, crl.make_optimizers(agent, args, torch.device("cpu")), args
+    return agent, crl.adam_optimizers(agent, args, torch.device("cpu")), args
+
+
+CPU = torch.device("cpu")
+
+
+class NoRun:
+    """Stands for the Run that `evaluate` talks to."""
+
+    def __init__(self):
+        self.stopped, self.bar = None, self
+
+    def set_description(self, text):
+        self.text = text
+
+    def check_finite(self, metrics, since):
+        self.stopped = self.stopped or (None if all(map(math.isfinite, metrics.values())) else 1)
 
 
 def random_batch(batch_size=8, seed=1):
@@ -53,14 +74,17 @@ def cell_distances(rows):
 @pytest.mark.parametrize(
     "layout, goals, nearest, furthest",
     [
-        ("u_maze", 6, 1, 6), ("u_maze_eval", 3, 4, 6), ("u_maze_single_eval", 1, 6, 6),
+        ("u_maze", 6, 1, 6), ("u_maze_eval", 3, 4, 6), ("u_maze_single_eval", 1, 6, 6), ("u2_maze", 8, 1, 8),
+        ("u2_maze_eval", 4, 5, 8), ("u3_maze", 10, 1, 10), ("u3_maze_eval", 5, 6, 10),
+        ("u3_maze_single_eval", 1, 10, 10), ("u6_maze", 14, 1, 14), ("u6_maze_eval", 7, 8, 14),
+        ("u7_maze", 12, 1, 12), ("u7_maze_eval", 6, 7, 12),
         ("u4_maze", 10, 1, 10), ("u4_maze_eval", 4, 7, 10), ("u5_maze", 16, 1, 16), ("u5_maze_eval", 8, 9, 16),
         ("u5_maze_single_eval", 1, 16, 16), ("big_maze", 25, 1, 11),
         ("big_maze_eval", 9, 8, 11), ("hardest_maze", 45, 1, 15), ("room", 24, 1, 4),
     ],
 )  # fmt: skip
 def test_layouts_have_the_papers_goals(layout, goals, nearest, furthest):
-    rows = crl.LAYOUTS[layout].split()
+    rows = crl.maze_rows("ant", layout)
     assert len({len(row) for row in rows}) == 1
     distances = cell_distances(rows)
     found = [d for (i, j), d in distances.items() if rows[i][j] == "G"]
@@ -69,10 +93,15 @@ def test_layouts_have_the_papers_goals(layout, goals, nearest, furthest):
 
 
 def test_eval_layouts_have_the_walls_of_their_maze():
-    for name, layout in crl.LAYOUTS.items():
-        base = crl.LAYOUTS[name.split("_single")[0].split("_eval")[0]]
-        assert layout.replace("G", "0") == base.replace("G", "0"), name
-    assert crl.HUMANOID_BIG_MAZE_EVAL.count("G") == crl.LAYOUTS["big_maze_eval"].count("G") + 1
+    assert "ant_u_maze_single_eval" in crl.ENV_IDS and "ant_hardest_maze_eval" not in crl.ENV_IDS
+    for env_id in crl.ENV_IDS:
+        robot, layout, _ = crl.parse_env_id(env_id)
+        rows, base = (crl.maze_rows(robot, name) for name in (layout, re.sub("(_single)?_eval$", "", layout)))
+        assert [row.replace("G", "0") for row in rows] == [row.replace("G", "0") for row in base], env_id
+        assert all(cell == "G" for row, of in zip(rows, base, strict=True) for cell, c in zip(of, row, strict=True)
+                   if c == "G")  # fmt: skip
+    ant, humanoid = ("".join(crl.maze_rows(robot, "big_maze_eval")) for robot in ("ant", "humanoid"))
+    assert humanoid.count("G") == ant.count("G") + 1
 
 
 def test_env_ids():
@@ -90,13 +119,13 @@ def test_env_ids():
         ("ant_u_maze_gen_1f2f3f", "ant_u_maze_eval"), ("humanoid_big_maze", "humanoid_big_maze_eval"),
         ("point_room", "point_room"), ("ant_u_maze_eval", "ant_u_maze_eval"),
     ):  # fmt: skip
-        assert crl.resolve_args(Args(env_id=env_id)).eval_env_id == eval_env_id
+        assert crl.parse_args(["--env-id", env_id]).eval_env_id == eval_env_id
 
 
 def test_stitching_pairs_are_along_the_corridor():
-    path = crl.corridor("u_maze")
+    path = crl.corridor(crl.maze_rows("point", "u_maze"))
     assert path == [(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1)]
-    envs = MujocoEnvs("point_u_maze_gen_1f3f", 200, 10, (1, 0), 1)
+    envs = MujocoEnvs("point_u_maze_gen_1f3f", 200, 10, (1, 0))
     envs.reset(np.ones(200, bool))
     start = np.round(envs.state[:, :2] / 2).astype(int)
     goal = np.round(envs.goal / 2).astype(int)
@@ -107,7 +136,7 @@ def test_stitching_pairs_are_along_the_corridor():
 
 @pytest.mark.parametrize("env_id", crl.ENV_IDS)
 def test_every_environment_builds_and_steps(env_id):
-    envs = MujocoEnvs(env_id, 2, 3, (1, 0), 1)
+    envs = MujocoEnvs(env_id, 2, 3, (1, 0))
     envs.reset(np.ones(2, bool))
     robot = envs.robot
     assert envs.state.shape == (2, robot.state_dim) and envs.goal.shape == (2, robot.goal_dim)
@@ -125,7 +154,7 @@ def test_every_environment_builds_and_steps(env_id):
 
 @pytest.mark.parametrize("env_id", ["point_u_maze", "ant_u4_maze", "humanoid_u_maze"])
 def test_steps_equal_a_plain_mujoco_loop(env_id):
-    envs = MujocoEnvs(env_id, 3, 100, (5, 0), 2)
+    envs = MujocoEnvs(env_id, 3, 100, (5, 0))
     envs.reset(np.ones(3, bool))
     rng = np.random.default_rng(0)
     nq, model = envs.model.nq, envs.model
@@ -147,7 +176,7 @@ def test_steps_equal_a_plain_mujoco_loop(env_id):
 @pytest.mark.parametrize("after_reset", [True, False])
 def test_humanoid_observation_is_mujocos(after_reset):
     """cinert, cvel and qfrc_actuator as gymnasium's Humanoid reads them, but of the state itself, without any lag."""
-    envs = MujocoEnvs("humanoid", 2, 100, (1, 0), 1)
+    envs = MujocoEnvs("humanoid", 2, 100, (1, 0))
     envs.reset(np.ones(2, bool))
     action = np.random.default_rng(0).uniform(-1, 1, (2, 17)).astype(np.float32)
     for _ in range(10):
@@ -167,7 +196,7 @@ def test_humanoid_observation_is_mujocos(after_reset):
 
 
 def test_reset_touches_only_its_rows_and_depends_only_on_row_and_episode():
-    envs = MujocoEnvs("ant_big_maze", 8, 100, (3, 0), 1)
+    envs = MujocoEnvs("ant_big_maze", 8, 100, (3, 0))
     envs.reset(np.ones(8, bool))
     for _ in range(4):
         envs.step(np.full((8, 8), 0.3, np.float32))
@@ -178,7 +207,11 @@ def test_reset_touches_only_its_rows_and_depends_only_on_row_and_episode():
     for name, value in after.items():
         assert torch.equal(value[~mask], before[name][~mask]), name
     assert not torch.equal(after["physics"][5], before["physics"][5]) and after["episode"][5] == 2
-    other = MujocoEnvs("ant_big_maze", 8, 100, (3, 0), 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    other = MujocoEnvs("ant_big_maze", 8, 100, (3, 0))
+    torch.set_num_threads(threads)
+    assert len(other.data) == threads + 1
     for _ in range(2):
         other.reset(mask)
     assert torch.equal(other.state_dict()["physics"][5], after["physics"][5])
@@ -186,7 +219,7 @@ def test_reset_touches_only_its_rows_and_depends_only_on_row_and_episode():
 
 def test_fixed_resets_repeat_the_first_start_and_goal():
     for fixed in (True, False):
-        envs = MujocoEnvs("point_big_maze", 6, 10, (1, 0), 1, fixed_resets=fixed)
+        envs = MujocoEnvs("point_big_maze", 6, 10, (1, 0), fixed_resets=fixed)
         goals = []
         for _ in range(3):
             envs.reset(np.ones(6, bool))
@@ -195,7 +228,7 @@ def test_fixed_resets_repeat_the_first_start_and_goal():
 
 
 def test_falling_over_ends_the_episode():
-    envs = MujocoEnvs("ant", 3, 100, (1, 0), 1)
+    envs = MujocoEnvs("ant", 3, 100, (1, 0))
     envs.reset(np.ones(3, bool))
     envs.physics[1, 3] = 1.2  # the torso's height
     envs.physics[2, 16:] = 1e11  # velocities that make MuJoCo start the world anew, in an episode's first step
@@ -204,7 +237,7 @@ def test_falling_over_ends_the_episode():
 
 
 def test_the_time_limit_is_no_fall():
-    envs = MujocoEnvs("ant", 2, 1, (1, 0), 1)
+    envs = MujocoEnvs("ant", 2, 1, (1, 0))
     envs.reset(np.ones(2, bool))
     envs.physics[1, 3] = 1.2
     done = envs.step(np.zeros((2, 8), np.float32))
@@ -213,7 +246,7 @@ def test_the_time_limit_is_no_fall():
 
 @pytest.mark.parametrize("env_id", ["ant", "humanoid"])
 def test_quaternions_have_norm_one_from_the_first_observation_on(env_id):
-    envs = MujocoEnvs(env_id, 16, 10, (1, 0), 1)
+    envs = MujocoEnvs(env_id, 16, 10, (1, 0))
     envs.reset(np.ones(16, bool))
     np.testing.assert_allclose(np.linalg.norm(envs.state[:, 3:7], axis=1), 1, atol=1e-6)
     if env_id == "ant":
@@ -222,7 +255,7 @@ def test_quaternions_have_norm_one_from_the_first_observation_on(env_id):
 
 def random_rollout(env_id, num_envs, steps):
     """Uniform random actions on the open floor -> env steps per fall, and every step's torso height and speed."""
-    envs, rng = MujocoEnvs(env_id, num_envs, 10**9, (2, 0), 2), np.random.default_rng(2)
+    envs, rng = MujocoEnvs(env_id, num_envs, 10**9, (2, 0)), np.random.default_rng(2)
     envs.reset(np.ones(num_envs, bool))
     falls, height, speed = 0, [], []
     for _ in range(steps):
@@ -251,7 +284,7 @@ def test_the_humanoid_falls_sooner_than_braxs():
 
 
 def test_point_mass_dynamics_and_walls():
-    envs = MujocoEnvs("point_room", 1, 1000, (1, 0), 1)
+    envs = MujocoEnvs("point_room", 1, 1000, (1, 0))
     envs.reset(np.ones(1, bool))
     velocity = envs.state[0, 2:].copy()
     envs.step(np.array([[1.0, 0.0]], np.float32))
@@ -283,23 +316,46 @@ class ScriptedEnvs:
 
 
 def test_time_at_goal_freezes_at_the_first_end():
-    agent, _, _ = small_agent()
-    metrics, record = crl.evaluate(agent, ScriptedEnvs([3, 99, 5]), 0, torch.device("cpu"), keep_record=True)
-    assert record["time_at_goal"].tolist() == [3, 10, 5]
-    assert metrics["eval/time_at_goal"] == metrics["eval/episodic_length"] == 6
+    agent, _, args = small_agent()
+    metrics = crl.evaluate(agent, ScriptedEnvs([3, 99, 5]), args, 0, CPU, NoRun())
+    assert metrics["eval/time_at_goal"] == metrics["eval/episodic_length"] == metrics["eval/episodic_return"] == 6
     assert metrics["eval/final_distance"] == pytest.approx(0.1)
+    record = looks.play(agent, ScriptedEnvs([3, 99, 5]), 0)
+    assert record["time_at_goal"].tolist() == [3, 10, 5]
     assert record["alive"].sum(0).tolist() == [3, 10, 5]
 
 
 def test_evaluation_draws_nothing_and_picks_goals_by_its_number():
-    agent, _, _ = small_agent()
-    envs = MujocoEnvs("point_u_maze", 16, 5, (1, 1), 1)
-    rng = torch.get_rng_state()
-    first = crl.evaluate(agent, envs, 100, torch.device("cpu"))[1]["goal"]
-    other = crl.evaluate(agent, envs, 200, torch.device("cpu"))[1]["goal"]
-    again = crl.evaluate(agent, envs, 100, torch.device("cpu"))[1]["goal"]
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    agent, _, args = small_agent()
+    envs = MujocoEnvs("point_u_maze", 16, 5, (1, 1))
+    rng, goals = torch.get_rng_state(), []
+    for number in (100, 200, 100):
+        metrics = crl.evaluate(agent, envs, args, number, CPU, NoRun())
+        goals.append(envs.goal.copy())
+    assert np.array_equal(goals[0], goals[2]) and not np.array_equal(goals[0], goals[1])
     assert torch.equal(rng, torch.get_rng_state())
+    record = looks.play(agent, envs, 100)
+    assert np.array_equal(record["goal"], goals[0]) and record["time_at_goal"].mean() == metrics["eval/time_at_goal"]
+
+
+def test_an_evaluation_ends_when_the_run_is_to_stop_or_an_action_is_not_finite():
+    agent, _, args = small_agent()
+    run = NoRun()
+    run.stopped = 143
+    assert crl.evaluate(agent, ScriptedEnvs([3]), args, 0, CPU, run) is None
+    agent.actor.trunk.head.bias.data.fill_(float("nan"))
+    assert crl.evaluate(agent, ScriptedEnvs([3]), args, 0, CPU, NoRun()) is None
+
+
+def test_the_mean_of_the_last_five_evaluations():
+    history = crl.History()
+    means = [history.last_five(step, value, True) for step, value in enumerate([1, 2, 3, 4, 5, 6])]
+    assert means == [1, 1.5, 2, 2.5, 3, 4]
+    assert history.last_five(9, 16, False) == (3 + 4 + 5 + 6 + 16) / 5  # at the end of a run ...
+    saved = crl.History()
+    saved.load_state_dict(history.state_dict())
+    assert saved.last_five(10, 7, True) == 5  # ... which is then continued
+    assert saved.last_five(10, 7, True) == 5  # the same evaluation, played again
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
@@ -383,18 +439,31 @@ def test_batches_larger_than_one_window_take_more_windows():
 
 
 def test_paper_counts():
-    args = crl.resolve_args(Args(env_id="ant_big_maze"))
+    args = crl.parse_args(["--env-id", "ant_big_maze"])
     per_unroll = args.num_envs * args.unroll_length
     assert per_unroll == 31_744
     assert math.ceil(args.learning_starts / per_unroll) == 17  # unrolls of prefill
-    assert args.eval_every // per_unroll == 31  # training steps per evaluation
+    assert args.total_timesteps // args.eval_every == 100
     anchors = (args.episode_length - 1) * args.num_envs
     assert (anchors // args.batch_size, args.gradient_steps) == (999, 800)
     assert (args.total_timesteps, args.width, args.learning_rate, args.gamma) == (100_000_000, 256, 3e-4, 0.99)
     assert args.eval_env_id == "ant_big_maze_eval" and args.eval_episodes == 128
-    assert crl.resolve_args(Args(env_id="ant_hardest_maze")).total_timesteps == 200_000_000
-    for env_id in ("ant_u5_maze", "humanoid_u_maze", "humanoid_big_maze"):
-        assert crl.resolve_args(Args(env_id=env_id)).total_timesteps == 400_000_000
+    for env_id, millions in (
+        ("ant_hardest_maze", 200), ("ant_u5_maze", 400), ("humanoid_u_maze", 400), ("humanoid_big_maze", 400),
+        ("ant", 100), ("ant_u4_maze", 100),
+    ):  # fmt: skip
+        args = crl.parse_args(["--env-id", env_id])
+        assert (args.total_timesteps, args.eval_every) == (millions * 10**6, millions * 10**4)
+
+
+def test_depths_follow_depth_where_they_are_not_given():
+    for flags, actor, critic in (
+        ([], 4, 4), (["--depth", "8"], 8, 8), (["--depth", "8", "--actor-depth", "16"], 16, 8),
+        (["--actor-depth", "4", "--critic-depth", "12"], 4, 12),
+    ):  # fmt: skip
+        args = crl.parse_args(["--env-id", "ant", *flags])
+        assert (args.actor_depth, args.critic_depth, args.width) == (actor, critic, 256)
+    assert crl.parse_args(["--env-id", "point_room"]).width == 64
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -477,7 +546,7 @@ def test_hypersphere_keeps_every_weight_row_at_norm_one():
     agent, optimizers, args = small_agent(norm="hypersphere")
     pointers = [p.data_ptr() for p in agent.parameters()]
     for _ in range(3):
-        crl.update(agent, optimizers, random_batch(), args)
+        crl.update(agent, optimizers, args, random_batch())
     for module in agent.modules():
         if isinstance(module, torch.nn.Linear):
             torch.testing.assert_close(module.weight.norm(dim=1), torch.ones(module.out_features))
@@ -644,7 +713,7 @@ def test_update_takes_exactly_the_three_gradients():
     old, batch = copy.deepcopy(agent), random_batch()
     state, action, goal = batch
     torch.manual_seed(11)
-    metrics = crl.update(agent, optimizers, batch, args)
+    metrics = crl.update(agent, optimizers, args, batch)
 
     torch.manual_seed(11)
     new_action, log_prob = crl.sample_action(*old.actor(state, goal))
@@ -675,37 +744,37 @@ def test_no_gradient_is_computed_to_be_thrown_away():
     computed = {}
     for name, parameter in agent.named_parameters():
         parameter.register_hook(lambda gradient, name=name: computed.update({name: computed.get(name, 0) + 1}))
-    crl.update(agent, optimizers, random_batch(), args)
+    crl.update(agent, optimizers, args, random_batch())
     assert computed == {name: 1 for name, _ in agent.named_parameters()}
 
 
 @pytest.mark.parametrize("entropy_coef, falls", [(50.0, True), (-50.0, False)])
 def test_temperature_falls_while_entropy_is_above_its_target(entropy_coef, falls):
     agent, optimizers, args = small_agent(entropy_coef=entropy_coef)
-    crl.update(agent, optimizers, random_batch(), args)
+    crl.update(agent, optimizers, args, random_batch())
     assert (agent.log_alpha.item() < 0) == falls
 
 
 def test_learning_separates_pairs():
     agent, optimizers, args = small_agent()
     batch = random_batch(8)
-    first = crl.update(agent, optimizers, batch, args)
+    first = crl.update(agent, optimizers, args, batch)
     for _ in range(150):
-        last = crl.update(agent, optimizers, batch, args)
+        last = crl.update(agent, optimizers, args, batch)
     assert last["losses/critic"] < 0.5 * first["losses/critic"] and last["contrastive/categorical_accuracy"] == 1
 
 
-def test_amp_is_close_to_float32_and_sees_fresh_weights():
+def test_bfloat16_is_close_to_float32_and_sees_fresh_weights():
     """bfloat16 networks, and no weight cast before an optimizer step is used after it."""
     metrics = {}
-    for amp in (False, True):
-        agent, optimizers, args = small_agent(amp=amp, actor_depth=8, critic_depth=8, learning_rate=1e-2)
+    for precision in ("float32", "bfloat16"):
+        agent, optimizers, args = small_agent(precision=precision, actor_depth=8, critic_depth=8, learning_rate=1e-2)
         for seed in range(20):
             torch.manual_seed(seed)
-            metrics[amp] = crl.update(agent, optimizers, random_batch(8, seed % 3), args)
+            metrics[precision] = crl.update(agent, optimizers, args, random_batch(8, seed % 3))
         assert all(p.dtype == torch.float32 for p in agent.parameters())
-    assert metrics[True]["losses/critic"] != metrics[False]["losses/critic"]
-    assert metrics[True]["losses/critic"].item() == pytest.approx(metrics[False]["losses/critic"].item(), abs=0.5)
+    plain, fast = (metrics[precision]["losses/critic"].item() for precision in ("float32", "bfloat16"))
+    assert plain != fast and plain == pytest.approx(fast, abs=0.5)
 
 
 def test_compile_equals_eager():
@@ -713,82 +782,32 @@ def test_compile_equals_eager():
     for compile in (False, True):
         agent, optimizers, args = small_agent()
         if compile:
-            for block in [m for m in agent.modules() if isinstance(m, crl.ResidualBlock)]:
-                block.compile(dynamic=False)
+            crl.compile_modules(*[m for m in agent.modules() if isinstance(m, crl.ResidualBlock)])
         for seed in range(3):
             torch.manual_seed(seed)
-            metrics[compile] = crl.update(agent, optimizers, random_batch(), args)
+            metrics[compile] = crl.update(agent, optimizers, args, random_batch())
     for name, value in metrics[False].items():
         torch.testing.assert_close(metrics[True][name], value, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-def test_what_capture_does_to_warm_up_is_undone(resumed, monkeypatch):
-    """The rollback around a CUDA graph's capture, with CUDA's calls replaced by the CPU's: at the moment of capture
-    weights, Adam's state (fresh, or of a resumed run) and the random numbers are as before, at the same address."""
-    agent, optimizers, args = small_agent()
-    if resumed:
-        crl.update(agent, optimizers, random_batch(seed=5), args)
-
-    def state():
-        adam = [value for o in optimizers for s in o.state_dict()["state"].values() for value in s.values()]
-        return [p.detach() for p in agent.parameters()], adam, torch.get_rng_state()
-
-    class Graph(contextlib.AbstractContextManager):
-        def __init__(self, graph=None):
-            pass
-
-        def __enter__(self):
-            self.at_capture = copy.deepcopy(state())
-            assert all(parameter.grad is None for parameter in agent.parameters())
-            seen.append((self.at_capture, [value.data_ptr() for value in state()[1]]))
-
-        def __exit__(self, *_):
-            return None
-
-    seen = []
-    nothing = lambda *_: contextlib.nullcontext()  # noqa: E731
-    fakes = dict(get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state, stream=nothing, graph=Graph,
-                 CUDAGraph=Graph, Stream=unittest.mock.MagicMock, current_stream=unittest.mock.MagicMock())  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    weights, adam, rng = copy.deepcopy(state())
-    crl.capture_update(crl.update, agent, optimizers, random_batch(), args)
-    (((weights_then, adam_then, rng_then), pointers),) = seen
-    assert all(torch.equal(a, b) for a, b in zip(weights, weights_then, strict=True)) and torch.equal(rng, rng_then)
-    if resumed:
-        assert all(torch.equal(a, b) for a, b in zip(adam, adam_then, strict=True))
-    else:
-        assert not adam and adam_then and not any(value.any() for value in adam_then)
-    assert pointers == [value.data_ptr() for value in state()[1]]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cudagraphs_equal_eager_and_draw_anew():
     device = torch.device("cuda")
-    results, pointers = {}, {}
+    results = {}
     for captured in (False, True):
         torch.manual_seed(0)
         args = small_args(cudagraphs=captured)
         agent = crl.Agent(4, 2, 2, args).to(device)
-        optimizers = crl.make_optimizers(agent, args, device)
-        batch = [x.to(device) for x in random_batch()]
-        before = [p.detach().clone() for p in agent.parameters()]
-        step = crl.update
+        optimizers = crl.adam_optimizers(agent, args, device)
+        learn = partial(crl.update, agent, optimizers, args)
         if captured:
-            replay = crl.capture_update(crl.update, agent, optimizers, batch, args)
-            untouched = [torch.equal(p, b) for p, b in zip(agent.parameters(), before, strict=True)]
-            assert all(untouched)  # capture left no trace
-            pointers = [p.data_ptr() for p in agent.parameters()]
-        entropies = []
-        for _ in range(5):
-            metrics = replay(batch) if captured else step(agent, optimizers, batch, args)
-            entropies.append(metrics["losses/entropy"].item())
-        assert len(set(entropies)) == 5  # every replay draws its own noise
+            learn = crl.capture(learn, optimizers)
+        batch, pointers = [x.to(device) for x in random_batch()], [p.data_ptr() for p in agent.parameters()]
+        entropies = [learn(batch)["losses/entropy"].item() for _ in range(8)]
+        assert len(set(entropies)) == 8  # every replay draws its own noise
         results[captured] = [p.detach().clone() for p in agent.parameters()]
-        if captured:
-            assert pointers == [p.data_ptr() for p in agent.parameters()]
+        assert pointers == [p.data_ptr() for p in agent.parameters()]
     for eager, graph in zip(results[False], results[True], strict=True):
         torch.testing.assert_close(eager, graph, rtol=1e-3, atol=1e-4)
 
@@ -797,17 +816,17 @@ def test_cudagraphs_equal_eager_and_draw_anew():
 def test_residual_norms_and_value_map_and_embeddings():
     agent, _, _ = small_agent(actor_depth=8, critic_depth=12)
     batch = random_batch()
-    norms = crl.residual_norms(agent, batch)
-    assert len(norms) == 2 + 3 + 3
+    norms = looks.residual_norms(agent, batch)
+    assert [len(norms[name]) for name in ("actor", "goal_encoder", "state_action_encoder")] == [2, 3, 3]
     hidden = agent.goal_encoder.stem(batch[2])
     expected = (agent.goal_encoder.blocks[0](hidden) - hidden).norm(dim=1).mean()
-    torch.testing.assert_close(norms["residual/goal_encoder/block_000"], expected)
+    assert norms["goal_encoder"][0] == pytest.approx(expected.item(), rel=1e-5)
 
-    envs = MujocoEnvs("point_u_maze", 8, 6, (1, 1), 1)
-    _, record = crl.evaluate(agent, envs, 0, torch.device("cpu"), keep_record=True)
+    envs = MujocoEnvs("point_u_maze", 8, 6, (1, 1))
+    record = looks.play(agent, envs, 0)
     assert record["state"].shape == (6, 8, 4) and record["action"].shape == (6, 8, 2)
-    result = crl.value_map(agent, envs, record["state"][0, 0], torch.device("cpu"), points_per_cell=4)
-    assert result["values"].shape == (len(result["goals"]), 17, 17)
+    result = looks.value_map(agent, envs, record, points_per_cell=4)
+    assert result["values"].shape == (len(result["goals"]), 17, 17) and result["walls"].sum() == 18
     state = torch.from_numpy(record["state"][0, :1].copy())
     state[0, :2] = torch.tensor([result["x"][3], result["y"][5]])
     goal = torch.from_numpy(result["goals"][:1])
@@ -816,7 +835,31 @@ def test_residual_norms_and_value_map_and_embeddings():
     assert result["values"][0, 3, 5] == pytest.approx(value.item(), rel=1e-4)
 
     record["time_at_goal"] = np.array([0, 0, 0, 5, 0, 0, 0, 0])
-    saved = crl.embeddings(agent, record, torch.device("cpu"))
+    saved = looks.embeddings(agent, record)
     state, action = torch.from_numpy(record["state"][:, 3]), torch.from_numpy(record["action"][:, 3])
     np.testing.assert_allclose(saved["phi"], agent.phi(state, action).detach(), rtol=1e-4, atol=1e-5)
     assert saved["phi"].shape == (6, 64) and saved["distance"].shape == (6,)
+
+
+def test_a_batch_as_in_training_comes_from_the_agents_own_episodes():
+    agent, _, args = small_agent(env_id="point_u_maze", episode_length=12, batch_size=16)
+    state, action, goal = looks.training_batch(agent, args)
+    assert state.shape == (16, 4) and action.shape == (16, 2) and goal.shape == (16, 2)
+    assert len(state.unique(dim=0)) == 16 and (state[:, :2] - goal).norm(dim=1).max() < 12 * 0.05 * 5
+
+
+# --- functions that people copy ---------------------------------------------------------------------------------------
+def test_the_loss_and_the_network_in_a_foreign_agent():
+    """Plain layers, tensors and numbers: no argument of these is this script's."""
+    torch.manual_seed(0)
+    left, right = torch.nn.Linear(5, 8), crl.ResidualMLP(3, 8, 16, 8)
+    optimizer = torch.optim.SGD([*left.parameters(), *right.parameters()], lr=0.1)
+    x, y = torch.randn(32, 5), torch.randn(32, 3)
+    losses = []
+    for _ in range(100):
+        loss, _ = contrastive_loss(left(x), right(y), 0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
