@@ -318,7 +318,7 @@ def make_model(robot_name: str, walls: list):
 
 class MujocoEnvs:
     """`num_envs` copies of one environment, stepped together by MuJoCo's C++ thread pool (`mujoco.rollout`), which has
-    as many threads as torch (OMP_NUM_THREADS; results do not depend on it).
+    as many threads as torch (OMP_NUM_THREADS; the simulation does not depend on it).
 
     state (num_envs, state_dim): observations without the goal; goal (num_envs, goal_dim): commanded goals; steps and
     time_at_goal (num_envs,): env steps since the reset, and how many of them ended at the goal; episode (num_envs,):
