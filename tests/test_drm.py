@@ -648,7 +648,7 @@ def test_resume_without_the_replay_refills_and_perturbs_when_it_is_time(serial, 
     run("--resume", part, "--total-timesteps", 220)
     assert "it is refilled before learning goes on" in capsys.readouterr().err
     logged = scalars(part)
-    assert set(logged["plasticity/perturb_factor"]) == {70, 140, 210}
+    assert set(logged["plasticity/perturb_factor"]) == {71, 141, 211}
     assert logged["charts/gradient_steps"][200] == 45 + 25  # 150, 152, ... 198
 
 
