@@ -148,9 +148,7 @@ class Args(RunArgs):
     injection_step: Count = 500_000  # at this step
     # ... and from the beginning
     weight_decay: NonNegative = 0.0  # times the weights, added to gradients before Adam (paper: 1e-5; all nets: ours)
-    l2_init: NonNegative = (
-        0.0  # times (weights - initial ones)^2, of critic and encoder, added to the loss (paper: 1e-2)
-    )
+    l2_init: NonNegative = 0.0  # times (weights - initial ones)^2 of critic and encoder, in the loss (paper: 1e-2)
     layer_norm: bool = False  # before each ReLU of convolutions and heads (ours: over all channels and positions)
     spectral_norm: Literal["none", "trunk", "head"] = "none"  # of the first linear layer of trunks or heads
     crelu: bool = False  # the critic's heads get [ReLU(x), ReLU(-x)] (of all units: ours)
