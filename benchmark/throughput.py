@@ -34,20 +34,11 @@ import redo_dqn_atari as redo
 
 VARIANTS = {
     "eager": {},
-    "bfloat16": dict(amp=True),
+    "bfloat16": dict(precision="bfloat16"),
     "compiled": dict(compile=True),
     "captured": dict(cudagraphs=True),
     "compiled + captured": dict(compile=True, cudagraphs=True),
 }
-
-
-def options_of(variant, module) -> dict:
-    """The variant as arguments of this script: one with --precision has no --amp."""
-    options = dict(VARIANTS[variant])
-    if "amp" in options and hasattr(module.Args, "precision"):
-        del options["amp"]
-        options["precision"] = "bfloat16"
-    return options
 
 
 def timed(work, repeats: int, device: str) -> list:
@@ -70,7 +61,7 @@ def peak_resident_gb() -> float:
 def measure_update(depth, variant, options) -> dict:
     """crl_deep.update at the paper's width and batch, on the ant's dimensions; the actor at most 512 deep."""
     device = torch.device(options.device)
-    args = crl.Args(critic_depth=depth, actor_depth=min(depth, 512), device=options.device, **options_of(variant, crl))
+    args = crl.Args(critic_depth=depth, actor_depth=min(depth, 512), device=options.device, **VARIANTS[variant])
     crl.set_precision(args.precision, device)
     agent = crl.Agent(29, 2, 8, args).to(device)
     optimizers = crl.adam_optimizers(agent, args, device)
@@ -109,7 +100,7 @@ NETWORKS = {"Nature, SAME": {}, "Nature, VALID": dict(padding="valid"), "ResNet"
 def measure_dqn_update(network, variant, options) -> dict:
     """redo_dqn_atari.update at the paper's batch of 32, sampling included."""
     device = torch.device(options.device)
-    args = redo.Args(device=options.device, **NETWORKS[network], **options_of(variant, redo))
+    args = redo.Args(device=options.device, **NETWORKS[network], **VARIANTS[variant])
     redo.set_precision(args.precision, device)
     agent = redo.DQNAgent(6, args).to(device, memory_format=torch.channels_last)
     optimizer = redo.make_optimizer(agent, args, device)
@@ -138,11 +129,11 @@ def measure_pixel_update(script, batch_size, variant, options) -> dict:
     augmentation included."""
     device = torch.device(options.device)
     if script == "drm":
-        args, agent = drm.Args(**options_of(variant, drm)), drm.DrMAgent
+        args, agent = drm.Args(**VARIANTS[variant]), drm.DrMAgent
         optimizers, clock = drm.make_drm_optimizers, torch.full((), 3000, dtype=torch.float64, device=device)
         drm.set_precision(args.precision, device)
     else:
-        args = drq.Args(**options_of(variant, drq))
+        args = drq.Args(**VARIANTS[variant])
         update, agent, optimizers = drq.update, drq.DrQv2Agent, drq.make_optimizers
         clock = torch.full((), 0.5, device=device)
     agent = agent(6, args).to(device, memory_format=torch.channels_last)
@@ -215,7 +206,7 @@ def measure_run(script, variant, options) -> dict:
     excluded."""
     module, scale, start, flags = RUNS[script]
     flags += f" --total-timesteps {start + scale * max(60, options.work)} --device {options.device}"
-    for name, value in options_of(variant, module).items():
+    for name, value in VARIANTS[variant].items():
         flags += f" --{name}" if value is True else f" --{name} {value}"
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
