@@ -284,10 +284,12 @@ def test_the_overview_is_that_of_the_results():
 
 
 def test_footnotes_name_only_what_is_there():
-    row = dict(tag="return", seeds=1, frames=1, mean=1)
+    row = dict(tag="return", arm="plain", seeds=1, frames=1, mean=1)
     assert plot_drq.note_of([row]) == "Returns: evaluations. Axes need not start at 0."
     more = plot_drq.note_of([row, row | dict(seeds=5), row | dict(seeds="paper"), row | dict(seeds="event")])
     assert all(word in more for word in ("Bands", "Stars", "Dotted"))
+    injected = plot_drq.note_of([row | dict(arm="switch-on-inject-critic", tag="fau/critic")])
+    assert "only the new head counts" in injected and "only the new head" not in more
 
 
 def test_schedules_of_the_dormant_ratio():
