@@ -118,7 +118,8 @@ def official_step(path: str, depth: int, options):
     carry = carry, jax.random.PRNGKey(1)
     observation = jnp.asarray(np.concatenate([state, goal], 1))
     future = jnp.asarray(np.pad(goal, ((0, 0), (0, STATE - GOAL))))
-    batch = scope["Transition"](observation, jnp.asarray(action), 0.0, 0.0, {"future_state": future})
+    unused = jnp.zeros(options.batch_size)  # reward and discount
+    batch = scope["Transition"](observation, jnp.asarray(action), unused, unused, {"future_state": future})
     batches = jax.tree_util.tree_map(lambda x: jnp.broadcast_to(x, (options.steps, *jnp.shape(x))), batch)
     scan = jax.jit(lambda carry, batches: jax.lax.scan(scope["sgd_step"], carry, batches))
 

@@ -169,6 +169,17 @@ def test_a_signal_ends_the_run_after_its_training_step(name, call, step, monkeyp
     assert scalars(whole) == scalars(part)
 
 
+def test_all_resets_draw_from_streams_of_their_own(monkeypatch):
+    """Training's and evaluations', by environment and episode; everything else comes from torch's own stream."""
+    seeds, make = [], np.random.default_rng
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: seeds.append(tuple(map(int, seed))) or make(seed))
+        run(*POINT)
+    assert {seed[:2] for seed in seeds} == {(1, 0), (1, 1)} and len(seeds) > 4 * 7 + 3 * 9
+    draws = [tuple(make(list(seed)).random(3)) for seed in seeds]
+    assert len(set(draws)) == len(draws)
+
+
 def test_resume_without_the_replay_refills_before_it_learns(capsys):
     part = run(*POINT, "--no-checkpoint-replay")
     assert "replay" not in checkpoint(part)
