@@ -655,7 +655,7 @@ class CReLULayers(Layers):
         return x, activations
 
 
-def prepare(agent, args) -> None:
+def prepare(agent, args):
     """The interventions that the networks carry from the beginning. The target critic is the critic's copy again.
 
     The paper does not say which "initial linear layer" spectral norm is for. Behind that of the trunks, a layer norm
@@ -675,6 +675,7 @@ def prepare(agent, args) -> None:
     if args.injection == "critic":
         critic.q1, critic.q2 = InjectableHead(critic.q1), InjectableHead(critic.q2)
     agent.critic_target = copy.deepcopy(critic).requires_grad_(False)
+    return agent
 
 
 def intervene(agent, optimizers, replay, args, global_step, gradient_steps, updates, generator, device) -> dict:
@@ -841,25 +842,20 @@ def train(args: Args) -> Path:
     device, buffer_device, action_dim = check_args(args)
     seed_everything(args.seed, args.torch_deterministic)
     set_precision(args.precision, device)
-    agent = DrQv2Agent(action_dim, args)
-    prepare(agent, args)
+    agent = prepare(DrQv2Agent(action_dim, args), args)
     agent.to(device, memory_format=torch.channels_last).eval()
     optimizers = make_optimizers(agent, args, device)
     penalise(optimizers, args)
     frame_shape = (3, args.image_size, args.image_size)
     replay = PixelReplay(replay_capacity(args), action_dim, buffer_device, args.n_step, args.gamma, frame_shape)
-    batch_rng = random_stream(args.seed, 0)
-    act_rng = random_stream(args.seed, 1)
-    intervention_rng = random_stream(args.seed, 2)
-    look_rng = random_stream(args.seed, 3)
+    batch_rng, act_rng, edit_rng, look_rng = (random_stream(args.seed, i) for i in range(4))
     learn = partial(update, agent, optimizers, args)
     if args.cudagraphs:
         learn = capture(learn, optimizers)
     if args.compile:
         compile_modules(agent.encoder, agent.actor, agent.critic, agent.critic_target)
 
-    parts = dict(agent=agent, replay=replay, batch_rng=batch_rng, act_rng=act_rng)
-    parts |= dict(intervention_rng=intervention_rng, look_rng=look_rng)
+    parts = dict(agent=agent, replay=replay, batch_rng=batch_rng, act_rng=act_rng, edit_rng=edit_rng, look_rng=look_rng)
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
@@ -915,8 +911,7 @@ def train(args: Args) -> Path:
                 gradient_steps += 1
 
             # Intervene
-            counts = global_step, gradient_steps, updates
-            events = intervene(agent, optimizers, replay, args, *counts, intervention_rng, device)
+            events = intervene(agent, optimizers, replay, args, global_step, gradient_steps, updates, edit_rng, device)
 
             # Observe
             result = envs.step_wait()
