@@ -3,8 +3,8 @@
     git clone https://github.com/XuGW-Kevin/DrM
     python benchmark/drm_peer.py DrM --out runs/figures/drm_peer
 
-Both get the same weights, batch and random numbers, in turn, in the same process: dormant ratio, critic loss, actor
-loss and V's loss are printed. Beside them DrQ-v2's update, as adaptive_rr.py has it: what DrM's parts cost.
+All get the same weights, batch and random numbers, each in a process of its own, and take turns: dormant ratio, critic
+loss, actor loss and V's loss are printed. Beside them DrQ-v2's update, as adaptive_rr.py has it: what DrM's parts cost.
 Official: agent.update on a batch of NumPy arrays, augmentation and metrics included; ours: random_shift and update on a
 batch of tensors. Drawing the batch from the replay is in neither.
 """
@@ -38,7 +38,7 @@ def load_official(folder: str, device: str):
         expectile=0.9, use_tb=True)  # fmt: skip
 
 
-def make_ours(official, device: str, **options) -> tuple:
+def make_ours(official, device, **options) -> tuple:
     """Our agent with the official one's weights -> agent, optimizers, arguments."""
     args = drm.Args(max_perturb_factor=1.0, **options)
     agent = drm.DrMAgent(ACTION_DIM, args)
@@ -48,57 +48,50 @@ def make_ours(official, device: str, **options) -> tuple:
         weights = {k.replace("Q", "q").replace("V", "v"): v for k, v in theirs.state_dict().items()}
         getattr(agent, name).load_state_dict(weights)
     agent.to(device, memory_format=torch.channels_last)
-    return agent, drm.make_drm_optimizers(agent, args, torch.device(device)), args
+    return agent, drm.make_drm_optimizers(agent, args, device), args
 
 
-def main() -> None:
-    options = peer.parse(__doc__, "XuGW-Kevin/DrM")
-    device, size = options.device, options.batch_size
-    torch.manual_seed(0)
-    official = load_official(options.official, device)
-    arrays, (obs, action, reward, discount, next_obs) = peer.random_batch(size, ACTION_DIM, device)
-    others = [action, reward[:, 0], discount[:, 0]]
-
-    def official_step():
-        metrics = official.update(iter([arrays]), STEP)
-        return [metrics[k] for k in ("actor_dormant_ratio", "critic_loss", "actor_loss", "predictor_loss")]
-
-    def augmented():
-        return [drm.random_shift(obs, 4), *others, drm.random_shift(next_obs, 4)]
-
-    def our_step(step):
-        metrics = step([*augmented(), torch.full((), STEP, dtype=torch.float64, device=device)])
-        return [metrics[k] for k in ("drm/dormant_ratio", "losses/critic", "losses/actor", "losses/value")]
-
-    def prepared(**flags):
-        agent, optimizers, args = make_ours(official, device, **flags)
-        step = partial(drm.update, agent, optimizers, args)
-        return partial(our_step, drm.capture(step, optimizers) if args.cudagraphs else step)
-
-    def plain(**flags):
-        """The update of adaptive_rr.py."""
-        args = rr.Args(**flags)
-        torch.manual_seed(0)
-        agent = rr.DrQv2Agent(ACTION_DIM, args).to(device, memory_format=torch.channels_last)
-        optimizers = rr.make_optimizers(agent, args, torch.device(device))
+def build(name: str, options):
+    device = torch.device(options.device)
+    official = load_official(options.official, options.device)
+    arrays, (obs, action, reward, discount, next_obs) = peer.random_batch(
+        options.batch_size, ACTION_DIM, options.device
+    )
+    if name == "official":
 
         def step():
-            metrics = rr.update(agent, optimizers, args, [*augmented(), torch.ones((), device=device)])
-            return metrics["losses/critic"], metrics["losses/actor"]
+            metrics = official.update(iter([arrays]), STEP)
+            return [metrics[k] for k in ("actor_dormant_ratio", "critic_loss", "actor_loss", "predictor_loss")]
 
         return step
 
-    variants = {
-        "official": official_step, "ours, float32": prepared(), "DrQ-v2, float32": plain(),
-        "ours, bfloat16": prepared(precision="bfloat16"), "DrQ-v2, bfloat16": plain(precision="bfloat16"),
-    }  # fmt: skip
-    if options.no_bfloat16:
-        variants = {name: step for name, step in variants.items() if "bfloat16" not in name}
-    if device == "cuda":
-        variants["ours, float32, captured"] = prepared(cudagraphs=True)
-        variants["ours, bfloat16, captured"] = prepared(cudagraphs=True, precision="bfloat16")
-    peer.compare(variants, size, options)
+    if "DrQ-v2" in name:
+        script, args = rr, rr.Args(**VARIANTS[name])
+        torch.manual_seed(0)
+        agent = rr.DrQv2Agent(ACTION_DIM, args).to(device, memory_format=torch.channels_last)
+        optimizers = rr.make_optimizers(agent, args, device)
+        number, losses = torch.ones((), device=device), ("losses/critic", "losses/actor")
+    else:
+        script, (agent, optimizers, args) = drm, make_ours(official, device, **VARIANTS[name])
+        number = torch.full((), STEP, dtype=torch.float64, device=device)
+        losses = ("drm/dormant_ratio", "losses/critic", "losses/actor", "losses/value")
+    script.set_precision(args.precision, device)
+    learn = partial(script.update, agent, optimizers, args)
+    if args.cudagraphs:
+        learn = script.capture(learn, optimizers)
 
+    def step():
+        images = script.random_shift(obs, 4), script.random_shift(next_obs, 4)
+        metrics = learn([images[0], action, reward[:, 0], discount[:, 0], images[1], number])
+        return [metrics[k] for k in losses]
+
+    return step
+
+
+VARIANTS = peer.VARIANTS | {
+    "DrQ-v2, float32": dict(precision="float32"),
+    "DrQ-v2, bfloat16": dict(precision="bfloat16"),
+}
 
 if __name__ == "__main__":
-    main()
+    peer.compare(build, VARIANTS, peer.parse(__doc__, "XuGW-Kevin/DrM"))

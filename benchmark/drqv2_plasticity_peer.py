@@ -3,13 +3,14 @@
     git clone https://github.com/facebookresearch/drqv2
     python benchmark/drqv2_plasticity_peer.py drqv2 --out runs/figures/drqv2_peer
 
-Both get the same weights, batch and random numbers, in turn, in the same process; official: agent.update on a batch of
-NumPy arrays, augmentation and metrics included; ours: random_shift and update on a batch of tensors. Drawing the
-batch from the replay is in neither.
+All get the same weights, batch and random numbers, each in a process of its own (ours keeps the memory that it frees),
+and take turns. Official: agent.update on a batch of NumPy arrays, augmentation and metrics included; ours: random_shift
+and update on a batch of tensors. Drawing the batch from the replay is in neither.
 """
 
 import argparse
 import csv
+import multiprocessing
 import sys
 import time
 import types
@@ -22,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drqv2_plasticity as drq
 
-STDDEV = 0.5
+STDDEV, ACTION_DIM = 0.5, 6
 
 
 def load_official(folder: str, action_dim: int, device: str):
@@ -48,27 +49,49 @@ def make_ours(official, action_dim, device, **options) -> tuple:
     return agent, drq.make_optimizers(agent, args, torch.device(device)), args
 
 
-def set_matmul(fast: bool) -> None:
-    """On a CPU our scripts take oneDNN for float32 matrix products, where it is as exact; the official ones do not."""
-    torch.set_float32_matmul_precision("highest")  # undoes what set_precision sets
-    torch.set_flush_denormal(False)
-    if fast:
-        drq.set_precision("float32", torch.device("cpu"))
+# A variant's name -> the flags of our script; official: none
+VARIANTS = {
+    "official": None,
+    "ours, float32": dict(precision="float32"),
+    "ours, tf32, GPU": dict(precision="tf32"),
+    "ours, bfloat16": dict(precision="bfloat16"),
+    "ours, float32, GPU, captured": dict(precision="float32", cudagraphs=True),
+    "ours, bfloat16, GPU, captured": dict(precision="bfloat16", cudagraphs=True),
+}
 
 
-def compare(variants: dict, size: int, options) -> None:
-    """Times name -> step(), which returns what is compared (numbers), in turn; prints, and writes options.out.csv."""
-    seconds = {name: [] for name in variants}
+def serve(build, name: str, options, connection) -> None:
+    """The process of one variant: takes a step whenever it is sent a seed -> seconds, what is compared (numbers)."""
+    torch.manual_seed(0)
+    step = build(name, options)
+    for seed in iter(connection.recv, None):
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        losses = [float(x) for x in step()]
+        connection.send((time.perf_counter() - start, losses))
+
+
+def compare(build, variants, options) -> None:
+    """Times the step of each variant, build(name, options), in turn; prints, and writes options.out.csv."""
+    left_out = ["GPU"] * (options.device == "cpu") + ["bfloat16"] * options.no_bfloat16
+    processes = multiprocessing.get_context("spawn")
+    connections = {}
+    for name in variants:
+        if not any(word in name for word in left_out):
+            connections[name], other_end = processes.Pipe()
+            processes.Process(target=serve, args=(build, name, options, other_end), daemon=True).start()
+            other_end.close()
+    seconds = {name: [] for name in connections}
     for repeat in range(options.repeats + 1):
         losses = {}
-        for name, step in variants.items():
-            set_matmul(fast=name != "official")
-            torch.manual_seed(repeat)
-            start = time.perf_counter()
-            losses[name] = [float(x) for x in step()]
+        for name, connection in connections.items():
+            connection.send(repeat)
+            duration, losses[name] = connection.recv()
             if repeat:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(duration)
         print(f"step {repeat}:", {k: [f"{x:.5f}" for x in v] for k, v in losses.items()}, flush=True)
+    for connection in connections.values():
+        connection.send(None)
     rows = []
     for name, times in seconds.items():
         ratios = np.array(seconds["official"]) / times
@@ -76,7 +99,7 @@ def compare(variants: dict, size: int, options) -> None:
                      "ratio": np.median(ratios),
                      "lowest ratio": min(ratios), "highest ratio": max(ratios)})  # fmt: skip
     hardware = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{hardware}, torch {torch.__version__}, batch {size}, {options.repeats} repeats in turn; medians")
+    print(f"{hardware}, torch {torch.__version__}, batch {options.batch_size}, {options.repeats} repeats; medians")
     for row in rows:
         print(f"{row['variant']:26s} {row['seconds']:.4f} s   {row['ratio']:.2f} times the official speed "
               f"({row['lowest ratio']:.2f} to {row['highest ratio']:.2f})")  # fmt: skip
@@ -111,39 +134,31 @@ def random_batch(size: int, action_dim: int, device: str) -> tuple:
     return arrays, [torch.from_numpy(x).to(device) for x in arrays]
 
 
-def main() -> None:
-    options = parse(__doc__, "facebookresearch/drqv2")
-    device, size, action_dim = options.device, options.batch_size, 6
-    torch.manual_seed(0)
-    official = load_official(options.official, action_dim, device)
-    arrays, (obs, action, reward, discount, next_obs) = random_batch(size, action_dim, device)
+def build(name: str, options):
+    device = torch.device(options.device)
+    official = load_official(options.official, ACTION_DIM, options.device)
+    arrays, (obs, action, reward, discount, next_obs) = random_batch(options.batch_size, ACTION_DIM, options.device)
+    if name == "official":
 
-    def official_step():
-        metrics = official.update(iter([arrays]), 0)
-        return metrics["critic_loss"], metrics["actor_loss"]
+        def step():
+            metrics = official.update(iter([arrays]), 0)
+            return metrics["critic_loss"], metrics["actor_loss"]
 
-    def prepared(**flags):
-        agent, optimizers, args = make_ours(official, action_dim, device, **flags)
-        learn = partial(drq.update, agent, optimizers, args)
-        if args.cudagraphs:
-            learn = drq.capture(learn, optimizers)
+        return step
 
-        def our_step():
-            batch = [drq.random_shift(obs, 4), action, reward[:, 0], discount[:, 0], drq.random_shift(next_obs, 4)]
-            metrics = learn([*batch, torch.full((), STDDEV, device=device)])
-            return metrics["losses/critic"], metrics["losses/actor"]
+    agent, optimizers, args = make_ours(official, ACTION_DIM, device, **VARIANTS[name])
+    drq.set_precision(args.precision, device)
+    learn = partial(drq.update, agent, optimizers, args)
+    if args.cudagraphs:
+        learn = drq.capture(learn, optimizers)
 
-        return our_step
+    def step():
+        batch = [drq.random_shift(obs, 4), action, reward[:, 0], discount[:, 0], drq.random_shift(next_obs, 4)]
+        metrics = learn([*batch, torch.full((), STDDEV, device=device)])
+        return metrics["losses/critic"], metrics["losses/actor"]
 
-    variants = {"official": official_step, "ours, float32": prepared(precision="float32")}
-    variants["ours, bfloat16"] = prepared(precision="bfloat16")
-    if options.no_bfloat16:
-        variants = {name: step for name, step in variants.items() if "bfloat16" not in name}
-    if device == "cuda":
-        variants["ours, float32, captured"] = prepared(precision="float32", cudagraphs=True)
-        variants["ours, bfloat16, captured"] = prepared(precision="bfloat16", cudagraphs=True)
-    compare(variants, size, options)
+    return step
 
 
 if __name__ == "__main__":
-    main()
+    compare(build, VARIANTS, parse(__doc__, "facebookresearch/drqv2"))

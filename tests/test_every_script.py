@@ -506,3 +506,18 @@ def test_a_name_too_long_for_a_folder_is_no_run(script, flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(script, "--resume", "x" * 300)
     assert stopped.value.code == 2 and "is not the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory")
+def test_the_memory_of_a_freed_tensor_is_used_again():
+    code = """
+import resource, torch, adaptive_rr
+adaptive_rr.set_precision("float32", torch.device("cpu"))
+for turn in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 * 2**18)  # 64 MB: 16,384 pages
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    folder = Path(rr.__file__).parent
+    faults = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    assert int(faults.stdout) < 1000
