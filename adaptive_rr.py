@@ -37,7 +37,7 @@ Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the 
     the current episode; officially, each of 4 loaders holds a part and sees new episodes late.
  2. A check interval of 1 divides by zero in the official code; here it is refused.
  3. Termination stops the bootstrap; officially, a discount of 0 becomes 1 (no task in the paper terminates).
- 4. The random shift copies whole pixels; the official bilinear interpolation agrees to within 4e-3 of 255.
+ 4. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
  5. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
  6. The fraction is summed on the device and read once per episode; officially, every update waits for the GPU.
 Kept as in the official code: the first check compares with the very first batch; the test is <= (the paper writes <);
@@ -277,15 +277,14 @@ class PixelReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack * 3, height, width) uint8, action (batch,
         action), the discounted reward of n steps (batch,), discount (batch,), and next_obs, n steps later.
 
-        discount is gamma^n, or 0 if the episode terminated within these steps.
+        discount is gamma^n, or 0 if the last of these steps terminated the episode (a truncation changes nothing).
         """
         chosen = torch.randint(self.oldest_start, self.num_starts, (batch_size,), generator=generator)
         first = self.start[chosen % self.capacity].to(self.frames.device)
         steps = torch.arange(1, self.n_step + 1, device=first.device)
         record = self.record[(first[:, None] + steps) % self.capacity]  # (batch, n_step, 3 + action)
-        alive = torch.cumprod(1 - record[:, :, 2], 1)
         reward = (record[:, :, 1] * self.gamma ** (steps - 1)).sum(1)
-        discount = self.gamma**self.n_step * alive[:, -1]
+        discount = self.gamma**self.n_step * (1 - record[:, -1, 2])
         return self.stacked(first), record[:, 0, 3:], reward, discount, self.stacked(first + self.n_step)
 
     def state_dict(self) -> dict:
@@ -425,8 +424,7 @@ class DrQv2Agent(nn.Module):
 # === Adaptive replay ratio ============================================================================================
 def fau(activations: list) -> torch.Tensor:
     """Fraction of active units (Eq. 1): the share of positive elements in a list of outputs of ReLUs (batch, ...). All
-    elements count equally: this is an average over the batch too, not one minus the dormant ratio. NaN if an element is
-    not finite."""
+    elements count equally, over units and batch: this is not one minus the dormant ratio. NaN if one is not finite."""
     share = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
     finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
     return torch.where(finite, share, torch.nan)
@@ -567,7 +565,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
         obs = torch.from_numpy(frame).to(device).repeat(1, 3, 1, 1)
         totals = np.zeros((3, envs.num_envs))
         running = np.ones(envs.num_envs, bool)
-        film = [frame[0]]
+        film = [frame[0].copy()]
         while running.any():
             with torch.no_grad():
                 action = agent.mean_action(obs).cpu().numpy()
@@ -580,7 +578,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
                 return None
             frame, reward, terminated, truncated, info = result
             obs = torch.cat([obs[:, 3:], torch.from_numpy(frame).to(device)], 1)
-            film.append(frame[0])
+            film.append(frame[0].copy())
             success = np.broadcast_to(info.get("success", 0), running.shape)
             totals += np.stack([reward, running, success]) * running
             running &= ~(terminated | truncated)
@@ -960,6 +958,7 @@ class Run:
         if device.type == "cuda":
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
+        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
         self.start_time = time.time()
@@ -1032,6 +1031,7 @@ class Run:
         """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
         for tag, value in metrics.items():
             if not math.isfinite(value):
+                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
@@ -1062,11 +1062,11 @@ class Run:
     def save(self, **counters) -> None:
         content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
         for name, part in self.parts.items():
-            if name != "replay" or (self.args.checkpoint_replay and not self.finished):
+            if name != "replay" or (self.keep_replay and not self.finished):
                 content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         with self.disk():
             self.writer.flush()
-            save_file(self.dir / "checkpoint.pt", content)
+            save_file(self.dir / self.checkpoint, content)
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
@@ -1110,7 +1110,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None and not self.finished:
-            self.say(f"{self.reason}; saved; to continue: --resume {self.dir}")
+            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
             raise SystemExit(self.stopped)
 
 

@@ -25,16 +25,16 @@ phi, psi and pi are residual networks; "depth" counts the Dense layers inside th
     h <- h + block(h),   block = 4 x (Dense, LayerNorm, Swish)
 A training step: 62 steps in each of 512 environments, then 800 gradient steps (1 per 40 steps)              -> `train`
 
-    python crl_deep.py                        point mass in a room, 2 CPU cores, 1 minute: at least 0.9 of 24 goals
-    python crl_deep.py --env-id point_u_maze  the same around a wall, 3 minutes: one to three of 3 far goals, by seed
-    python crl_deep.py --env-id ant_u4_maze --depth 16       Fig. 1, one GPU, hours; not run yet (paper: 140 of 1000)
+    python crl_deep.py                        point mass in a room, 2 CPU cores, 1 minute: at least 90% of 24 goals
+    python crl_deep.py --env-id point_u_maze  around a wall, 3 minutes: 1 to 3 of its 3 far goals, by seed
+    python crl_deep.py --env-id ant_u4_maze --depth 16       Fig. 1, one GPU, hours; not run yet (paper: 140 steps)
     SCALE=paper bash benchmark/crl_deep_fig1_depth.sh        all of Fig. 1, Table 1; the other figures: see README.md
 
 Differences from the official code (wang-kevin3290/scaling-crl), and the reasons for them:
  1. The paper prints f = +||phi - psi||; its code uses the negative, and so does this one.
  2. MuJoCo simulates gymnasium's ant and humanoid; officially, Brax's spring backend simulates its own. The table
-    ROBOTS shows how alike they are: the ant roughly, after its motors were weakened; the humanoid falls four times as
-    soon. Do not compare scores one to one. All geoms touch the walls (in Brax's maze only feet, torso and hips do).
+    above ROBOTS compares them: the ant is close once its motors are weakened; the humanoid falls four times sooner. Do
+    not compare scores one to one. All geoms touch the walls (in Brax's maze only feet, torso and hips do).
     Quaternions have norm 1 from the first observation on.
  3. Every reset draws a new start and goal; Brax's auto-reset repeats each environment's first (--fixed-resets).
  4. The humanoid's state does not contain the commanded goal (Brax's position, inertia and velocity of the target leak
@@ -43,17 +43,19 @@ Differences from the official code (wang-kevin3290/scaling-crl), and the reasons
  5. Goals are relabelled by the closed form of the truncated geometric, not by a 1000 x 1000 matrix per environment.
  6. A replay window may start at every stored step; officially, the newest possible window is never drawn.
  7. Batches of more than 639 draw further windows; officially, they silently do fewer gradient steps.
- 8. --total-timesteps is honoured to one training step (3,133 of them in 100M); officially, 100 epochs of 31 are run.
- 9. psi(g) is computed once per gradient step; the actor's loss builds no gradient of phi's weights (both exact).
+ 8. --total-timesteps holds to within a training step (100M are 3,150; all but the first 17 learn); officially, 100
+    epochs of 31 are run.
+ 9. psi(g) is computed once per gradient step; the actor's loss skips the gradients of phi's weights (same results).
 10. log pi is exact where tanh saturates (a third of the initial actions at depth 64); officially, it is taken from
     log(1 - a^2 + 1e-6), which errs there and loses its gradient.
 11. Accuracy and logits are logged; officially, these are zeros. The flags `*_skip_connections` have no effect there.
 Kept as in the official code: the state after an episode's last action is not stored, so it is never a goal.
 Not in this file: arm tasks, collector and learner of different depth, other energies, quasimetric heads, acting by the
 best of K samples, the SAC / TD3 / HER / GCBC baselines.
-Your own maze: a line in MAZES. Your own robot: a line in ROBOTS, or a class with the interface of `MujocoEnvs`.
-What is saved: `parts` and counters in `train`, between training steps. Ctrl-C ends the run after the current one (its
-gradient steps can take minutes on a CPU), so that a resumed run is, bit for bit, the one that was never stopped.
+Your own maze: a line in MAZES. Your own robot: a line in ROBOTS, or a class with the interface of `MujocoEnvs`. Your
+own idea: loss, `contrastive_loss`; goals, `future_offset`; networks, `ResidualBlock`; what learns, `adam_optimizers`.
+What is saved: `parts` and counters in `train`, between training steps. Ctrl-C finishes the current one (on a CPU, this
+can take minutes), so that a resumed run equals, bit for bit, one that was never stopped.
 """
 
 import copy
@@ -106,8 +108,8 @@ class RunArgs:
 
 @dataclass
 class Args(RunArgs):
-    """Deep contrastive RL. A step is one of any environment. The defaults are the paper's (Table 7); the point mass and
-    some mazes have others: see TASKS."""
+    """Deep contrastive RL. A step is one action in one environment. The defaults are the paper's (Table 7); the point
+    mass and some mazes have others: see TASKS."""
 
     exp_name: str = "crl_deep"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every reset
@@ -175,8 +177,8 @@ def task_defaults(args: Args) -> dict:
 
 
 # === Environments: a point mass, an ant or a humanoid, on an open floor or in a maze, simulated by MuJoCo =============
-# 1 wall, 0 floor, R start; all other letters are goals in training, G and E also in <maze>_eval (the far goals; h only
-# for the humanoid), E also in <maze>_single_eval. Rows run along x, columns along y; a cell's centre is (row, column)
+# 1 wall, 0 floor, R start; the goals are g h G E in training, G E (for the humanoid h, too) in <maze>_eval, the far
+# ones, and E in <maze>_single_eval. Rows run along x, columns along y; a cell's centre is (row, column)
 # times the cell's size. A maze whose name begins with u is a corridor without forks.
 MAZES = {
     "room": "1111111 1ggggg1 1ggggg1 1ggRgg1 1ggggg1 1ggggg1 1111111",
@@ -243,10 +245,8 @@ def maze_rows(robot: str, layout: str) -> list:
     goals = GOALS[layout.removeprefix(name)]
     if robot == "humanoid":
         goals += "h"
-    rows = []
-    for row in MAZES.get(name, "").split():
-        rows.append("".join("G" if cell in goals else cell if cell in "1R" else "0" for cell in row))
-    return rows
+    kind = dict.fromkeys(goals, "G") | {"1": "1", "R": "R"}
+    return ["".join(kind.get(cell, "0") for cell in row) for row in MAZES.get(name, "").split()]
 
 
 ENV_IDS = []
@@ -323,8 +323,8 @@ class MujocoEnvs:
 
     state (num_envs, state_dim): observations without the goal; goal (num_envs, goal_dim): commanded goals; steps and
     time_at_goal (num_envs,): env steps since the reset, and how many of them ended at the goal; episode (num_envs,):
-    resets so far; fallen (num_envs,): whether the last step left the healthy range. A world is nothing but its row of
-    physics (num_envs, 1 + nq + nv: time, positions, velocities), so a row is reset by writing it. Row i's k-th reset
+    resets so far; fallen (num_envs,): whether the last step left the healthy range. A world's whole state is its
+    row of physics (num_envs, 1 + nq + nv: time, positions, velocities): writing a row resets it. Row i's k-th reset
     draws from a generator seeded with (*seed, i, k).
     """
 
@@ -377,7 +377,7 @@ class MujocoEnvs:
                 start, goal = np.zeros(2), distance * np.array([np.cos(angle), np.sin(angle)])
             qpos = self.qpos + rng.uniform(-noise, noise, self.model.nq)
             qpos[:2] += start
-            if self.robot_name != "point":
+            if self.model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE:
                 mujoco.mju_normalize4(qpos[3:7])  # the torso's quaternion, as it is after every step
             self.physics[i] = np.concatenate([[0.0], qpos, noise * rng.standard_normal(self.model.nv)])
             self.goal[i] = [*goal, self.robot.goal_height][: self.robot.goal_dim]
@@ -470,8 +470,8 @@ class Replay:
     def sample(self, num_batches: int, batch_size: int, window: int, gamma: float) -> tuple:
         """Indices (anchor time, environment, goal time), each (num_batches, batch_size).
 
-        Every environment gives one random window of consecutive time steps (more where one holds too few anchors), and
-        all window - 1 anchors of all windows are shuffled and cut into batches: no anchor of a window comes twice.
+        Every environment gives one random window of consecutive time steps (more if one is too few). All steps but a
+        window's last are anchors, shuffled and cut into batches: no anchor of a window comes twice.
         A goal lies in its anchor's episode and window.
         """
         needed = num_batches * batch_size
@@ -560,10 +560,12 @@ class ResidualMLP(nn.Module):
     def hidden(self, x):
         """What the head reads. In bfloat16 a CPU's layers return bfloat16, and deep sums h + block(h) would be rounded
         at every block: the residual stream stays in float32."""
-        return self.blocks(self.stem(x).float())
+        return self.blocks(self.stem(x).float()).float()
 
     def forward(self, x):
-        return self.head(self.hidden(x))
+        hidden = self.hidden(x)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has too few digits for distances
+            return self.head(hidden)
 
 
 class GaussianActor(nn.Module):
@@ -577,7 +579,8 @@ class GaussianActor(nn.Module):
     def forward(self, state, goal):
         """(batch, state_dim), (batch, goal_dim) -> mean and log standard deviation before tanh, (batch, action_dim)."""
         hidden = self.trunk.hidden(torch.cat([state, goal], -1))
-        mean, raw = self.trunk.head(hidden).float(), self.log_std_head(hidden).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            mean, raw = self.trunk.head(hidden), self.log_std_head(hidden)
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1)
 
 
@@ -604,10 +607,10 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
     def phi(self, state, action):
-        return self.state_action_encoder(torch.cat([state, action], -1)).float()
+        return self.state_action_encoder(torch.cat([state, action], -1))
 
     def psi(self, goal):
-        return self.goal_encoder(goal).float()
+        return self.goal_encoder(goal)
 
 
 @torch.no_grad()
@@ -676,7 +679,7 @@ def contrastive_loss(phi, psi, logsumexp_coef, direction="forward") -> tuple:
 def adam_optimizers(agent, args, device) -> list:
     """Adam for the actor, for the temperature, and for the critic (both encoders)."""
     encoders = [*agent.state_action_encoder.parameters(), *agent.goal_encoder.parameters()]
-    options = dict(lr=args.learning_rate, eps=1e-8, fused=device.type != "mps", capturable=args.cudagraphs)
+    options = dict(lr=args.learning_rate, fused=device.type != "mps", capturable=args.cudagraphs)
     return [torch.optim.Adam(p, **options) for p in (list(agent.actor.parameters()), [agent.log_alpha], encoders)]
 
 
@@ -793,8 +796,8 @@ class History(dict):
     """step -> time at goal, of the evaluations that were due so far."""
 
     def last_five(self, step: int, value: float, due: bool) -> float:
-        """The mean of the last five evaluations, with this one. One that was not due, at the end of a run that may be
-        resumed and become longer, does not count later on."""
+        """The mean of the last five evaluations, with this one. An extra one at a run's end is not stored, because the
+        run may be resumed and become longer."""
         evaluations = self | {step: value}
         if due:
             self.update(evaluations)
@@ -844,7 +847,7 @@ def train(args: Args) -> Path:
         if finished or due:
             results = evaluate(agent, eval_envs, args, global_step, device, run)
             if results is None:  # the run is to stop
-                continue
+                break
             score = history.last_five(global_step, results["eval/time_at_goal"], due)
             results["eval/time_at_goal_last5"] = score
             run.log(global_step, results)
@@ -875,7 +878,6 @@ def train(args: Args) -> Path:
             for indices in zip(*batches):
                 metrics = learn([x.to(device) for x in replay.gather(*indices)])
                 gradient_steps += 1
-        metrics = {tag: float(value) for tag, value in metrics.items()}
         run.check_finite(metrics, global_step - steps)
 
         # Log: the losses are those of the last gradient step
@@ -1127,6 +1129,7 @@ class Run:
         if device.type == "cuda":
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
+        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
         self.start_time = time.time()
@@ -1199,6 +1202,7 @@ class Run:
         """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
         for tag, value in metrics.items():
             if not math.isfinite(value):
+                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
@@ -1229,11 +1233,11 @@ class Run:
     def save(self, **counters) -> None:
         content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
         for name, part in self.parts.items():
-            if name != "replay" or (self.args.checkpoint_replay and not self.finished):
+            if name != "replay" or (self.keep_replay and not self.finished):
                 content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         with self.disk():
             self.writer.flush()
-            save_file(self.dir / "checkpoint.pt", content)
+            save_file(self.dir / self.checkpoint, content)
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
@@ -1277,7 +1281,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None and not self.finished:
-            self.say(f"{self.reason}; saved; to continue: --resume {self.dir}")
+            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
             raise SystemExit(self.stopped)
 
 

@@ -14,8 +14,8 @@
 # ]
 # ///
 """DrM: Mastering Visual Reinforcement Learning through Dormant Ratio Minimization (Xu et al., ICLR 2024, arXiv
-2310.19668): the more of the actor's units are dormant, the less skill the agent shows. Let their share steer
-exploration, perturbation and exploitation.
+2310.19668): the more units of the actor are dormant, the less skilled is the agent. Their share steers exploration,
+perturbation and exploitation.
 
 The dormant ratio beta: of all units of the actor's linear layers, the share with                     -> `dormant_ratio`
     mean |h_i|  <  tau * (mean of that over the layer's units)      means over the training batch; tau = 0.025
@@ -31,15 +31,15 @@ Everything else is DrQ-v2 (Yarats et al. 2022): s are the encoder's features of 
 with clipped noise; critic and encoder learn y; the actor maximizes min_k Q_k(s, pi(s)).                     -> `update`
 
     python drm.py --env-id dm_control/dog-walk-v0                            the paper's setting, 30M frames: for a GPU
-    python drm.py --stddev-type drqv2 --perturb-every 0 --target-lambda 0    plain DrQ-v2 (to the bit, on a CPU)
+    python drm.py --stddev-type drqv2 --perturb-every 0 --target-lambda 0    DrQ-v2 (adaptive_rr.py's, to the bit)
     SCALE=small bash benchmark/drm_cpu.sh                                    in small: three runs of 22 minutes on a CPU
 
-Beta depends on where a unit is measured: see `actor_outputs`. It is 0.2 to 0.5 in a freshly initialized actor, higher
-where frames look alike, and a perturbation pulls it there, whether that is up or down.
+Beta depends on where a unit is measured: see `actor_outputs`. In a new actor it is 0.2 to 0.5, or more
+if frames look alike; a perturbation moves it towards that value, up or down.
 Where the paper (as others report it) and the official code differ, this file follows the code; a flag gives the other:
- a. The code perturbs linear layers only (--perturb-scope all). The encoder has none, yet its Adam starts anew, too.
- b. A unit at the threshold is not dormant (--no-dormant-strict), so a layer that is silent altogether has none.
- c. The target critic gets new weights of its own, which drive it and the critic apart (--perturb-target same).
+ a. Only linear layers are perturbed (paper: --perturb-scope all). The encoder has none, yet its Adam starts anew.
+ b. A unit at the threshold is not dormant (paper: --no-dormant-strict): a layer of zeros has no dormant units.
+ c. The target critic gets new weights of its own, which part it from the critic (paper: --perturb-target same).
  d. alpha_max is 0.6 to 1, by task (TASKS); other tasks have the paper's 0.9.
 Differences from the official code (XuGW-Kevin/DrM), and the reasons for them:
  1. One ring stores each frame once: 21 GB for 1M steps instead of 64 GB. Batches are drawn from all of it, including
@@ -48,7 +48,7 @@ Differences from the official code (XuGW-Kevin/DrM), and the reasons for them:
  3. A perturbation comes at its step; officially, only if a gradient step is due there.
  4. A batch's Q-values are computed once for both losses; the actor's loss computes no gradients for the critic.
  5. Termination stops the bootstrap; officially, a discount of 0 becomes 1 (none of these tasks terminates).
- 6. The random shift copies whole pixels; the official bilinear interpolation agrees to within 4e-3 of 255.
+ 6. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
 Not in this file: MetaWorld and Adroit (other networks), A-LIX, TACO.
 Your own environment: --env-id my_module:MyEnv-v0, or `make_env`. Your own intervention: `train`, under "Perturb". What
 is saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode, and a resumed run begins the next.
@@ -136,8 +136,8 @@ class Args(RunArgs):
 
     # Dormant ratio
     dormant_tau: Share = 0.025  # dormant units have less than this share of their layer's mean output
-    dormant_strict: bool = True  # less, not as much: then a silent layer has no dormant units
-    target_dormant_ratio: Share = 0.2  # with a lower ratio, the agent awakens and exploits
+    dormant_strict: bool = True  # strictly less: a layer of zeros has no dormant units
+    target_dormant_ratio: Share = 0.2  # beta_hat: below it the agent awakens, and V counts
 
     # What it steers
     stddev_type: Literal["awake", "drqv2"] = "awake"  # of the noise: see `noise_std`; drqv2: the decay alone
@@ -300,15 +300,14 @@ class PixelReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack * 3, height, width) uint8, action (batch,
         action), the discounted reward of n steps (batch,), discount (batch,), and next_obs, n steps later.
 
-        discount is gamma^n, or 0 if the episode terminated within these steps.
+        discount is gamma^n, or 0 if the last of these steps terminated the episode (a truncation changes nothing).
         """
         chosen = torch.randint(self.oldest_start, self.num_starts, (batch_size,), generator=generator)
         first = self.start[chosen % self.capacity].to(self.frames.device)
         steps = torch.arange(1, self.n_step + 1, device=first.device)
         record = self.record[(first[:, None] + steps) % self.capacity]  # (batch, n_step, 3 + action)
-        alive = torch.cumprod(1 - record[:, :, 2], 1)
         reward = (record[:, :, 1] * self.gamma ** (steps - 1)).sum(1)
-        discount = self.gamma**self.n_step * alive[:, -1]
+        discount = self.gamma**self.n_step * (1 - record[:, -1, 2])
         return self.stacked(first), record[:, 0, 3:], reward, discount, self.stacked(first + self.n_step)
 
     def state_dict(self) -> dict:
@@ -474,7 +473,7 @@ class DrMAgent(DrQv2Agent):
 
     def __init__(self, action_dim, args):
         super().__init__(action_dim, args)
-        with torch.random.fork_rng(devices=[]):  # V's random numbers are its own: DrQ-v2's are the same without it
+        with torch.random.fork_rng(devices=[]):  # V has its own random stream: DrQ-v2's draws stay the same
             self.value = Value(self.encoder.feature_size, args.feature_dim, args.hidden_dim)
             torch.default_generator.manual_seed(episode_seed(args.seed, 2, 4))
             self.value.apply(init_layer)
@@ -547,17 +546,19 @@ def restart_adam(optimizer) -> None:
 
 
 def perturb_agent(agent, optimizers, args, generator) -> torch.Tensor:
-    """Perturbs what --perturb-scope says, by the agent's dormant ratio -> alpha."""
+    """Perturbs what --perturb-scope says, by the agent's dormant ratio -> alpha. If it is NaN, nothing is changed."""
     factor = perturb_factor(agent.dormant_ratio, args.perturb_rate, args.min_perturb_factor, args.max_perturb_factor)
+    if not factor.isfinite():
+        return factor
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm) if args.perturb_scope == "all" else nn.Linear
     networks = [agent.actor, agent.critic, agent.critic_target, agent.encoder, agent.value]
     if args.perturb_scope == "actor":
         networks, optimizers = [agent.actor], optimizers[1:2]
+    before = None
     for network in networks:
-        if network is agent.critic:
-            before_critic = generator.get_state()
         if network is agent.critic_target and args.perturb_target == "same":
-            generator.set_state(before_critic)
+            generator.set_state(before)
+        before = generator.get_state()
         perturb(network, factor, generator, kinds)
     for optimizer in optimizers:
         restart_adam(optimizer)
@@ -696,7 +697,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
         obs = torch.from_numpy(frame).to(device).repeat(1, 3, 1, 1)
         totals = np.zeros((3, envs.num_envs))
         running = np.ones(envs.num_envs, bool)
-        film = [frame[0]]
+        film = [frame[0].copy()]
         while running.any():
             with torch.no_grad():
                 action = agent.mean_action(obs).cpu().numpy()
@@ -709,7 +710,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
                 return None
             frame, reward, terminated, truncated, info = result
             obs = torch.cat([obs[:, 3:], torch.from_numpy(frame).to(device)], 1)
-            film.append(frame[0])
+            film.append(frame[0].copy())
             success = np.broadcast_to(info.get("success", 0), running.shape)
             totals += np.stack([reward, running, success]) * running
             running &= ~(terminated | truncated)
@@ -790,8 +791,7 @@ def train(args: Args) -> Path:
 
             # Perturb, by the dormant ratio of the last gradient step
             events = {}
-            due = args.perturb_every and global_step % args.perturb_every == 0
-            if due and global_step >= args.learning_starts:
+            if args.perturb_every and global_step % args.perturb_every == 0 and global_step >= args.learning_starts:
                 events = {"plasticity/perturb_factor": perturb_agent(agent, optimizers, args, perturb_rng)}
 
             # Learn: ... while the networks learn from the steps before it
@@ -1111,6 +1111,7 @@ class Run:
         if device.type == "cuda":
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
+        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
         self.start_time = time.time()
@@ -1183,6 +1184,7 @@ class Run:
         """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
         for tag, value in metrics.items():
             if not math.isfinite(value):
+                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
@@ -1213,11 +1215,11 @@ class Run:
     def save(self, **counters) -> None:
         content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
         for name, part in self.parts.items():
-            if name != "replay" or (self.args.checkpoint_replay and not self.finished):
+            if name != "replay" or (self.keep_replay and not self.finished):
                 content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         with self.disk():
             self.writer.flush()
-            save_file(self.dir / "checkpoint.pt", content)
+            save_file(self.dir / self.checkpoint, content)
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
@@ -1261,7 +1263,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None and not self.finished:
-            self.say(f"{self.reason}; saved; to continue: --resume {self.dir}")
+            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
             raise SystemExit(self.stopped)
 
 

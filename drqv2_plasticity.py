@@ -15,11 +15,11 @@
 # ///
 """Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages (Ma et al., ICLR 2024,
 arXiv 2310.07418): data augmentation makes visual RL work because it preserves plasticity, above all the critic's, and
-above all early in training. A study by flags, on DrQ-v2 and the pixels of the DeepMind Control Suite.
+above all early in training. Each flag is an arm of the study: DrQ-v2 on pixels of the DeepMind Control Suite.
 
 Plasticity is measured by the fraction of active units of a module with N units (Eq. 1):                       -> `fau`
     FAU = 1/N sum_n 1[a_n(x) > 0]      a: after each ReLU, feature maps included; averaged over a training batch
-The agent is DrQ-v2 (Yarats et al. 2022). Data augmentation shifts o and o' at random by up to 4 pixels; f: the encoder
+The agent is DrQ-v2 (Yarats et al. 2022). Data augmentation shifts o_t and o_{t+n} by up to 4 pixels; f: the encoder
     y   = sum_{i<n} gamma^i r_{t+i} + gamma^n min_k Q_target_k( f(o_{t+n}), a' )     a' ~ pi(f(o_{t+n})), noise clipped
     critic and encoder:  sum_k ( Q_k(f(o_t), a_t) - y )^2                                                 -> `update`
     actor:               - min_k Q_k( f(o_t), a )   a ~ pi(f(o_t)); f gets no gradient
@@ -32,18 +32,18 @@ What the study changes:
                                                          at .204, with augmentation at .418
     SCALE=small bash benchmark/drqv2_plasticity_cpu.sh   the same in small, Cartpole Balance: an hour on two CPU cores
 
-FAU counts active elements: it is not one minus the dormant ratio. At a plasticity injection the critic's FAU jumps
-though no output changes, because only the head that learns is counted from then on; feature rank and norm do, too.
+FAU counts active elements: it is not one minus the dormant ratio. At a plasticity injection the critic's FAU,
+feature rank and weight norm jump though no output changes: from then on, only the head that learns is counted.
 Differences from the official code (facebookresearch/drqv2, Guozheng-Ma/Adaptive-Replay-Ratio), and their reasons:
  1. One ring stores each frame once: 21 GB for 1M steps instead of 63.5 GB. Batches are drawn from all of it, including
     the current episode; officially, each of 4 loaders holds a part and sees new episodes late.
  2. Termination stops the bootstrap; officially, a discount of 0 becomes 1 (no task in the paper terminates).
- 3. The random shift copies whole pixels; the official bilinear interpolation agrees to within 4e-3 of 255.
+ 3. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
  4. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
  5. Metrics are summed on the device and read once per episode; officially, every update waits for the GPU.
  6. Evaluations play other episodes than training; officially, both begin with the same seed.
  7. An injected head gets new weights, as in its paper (Nikishin et al. 2023); in the authors' code, its own first ones.
-What else the study changes is in no official code; where the paper leaves something open, the flag says: ours.
+The study's other changes are in no official code; a choice that the paper leaves open is marked at its flag: ours.
 Your own environment: --env-id my_module:MyEnv-v0, or `make_env`. Your own intervention: `intervene`. What is saved:
 `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode, and a resumed run begins the next.
 """
@@ -111,8 +111,8 @@ class Args(RunArgs):
     total_timesteps: Count = 1_500_500  # steps of the whole run
     eval_every: Count = 5000  # steps between evaluations, at the next end of an episode; one more at the end
     eval_episodes: Count = 10  # episodes per evaluation, played with the mean action
-    plasticity_every: Count = 5000  # steps between looks at dormant neurons, feature ranks and weight norms
-    plasticity_batch_size: Count = 256  # transitions that they are taken over
+    plasticity_every: Count = 5000  # steps between logs of dormant ratio, feature rank and weight norm
+    plasticity_batch_size: Count = 256  # transitions that they are measured on, not augmented
 
     # DrQ-v2
     learning_starts: Count = 2000  # steps before the first gradient step
@@ -134,8 +134,8 @@ class Args(RunArgs):
 
     # Data augmentation and heavy priming
     augmentation: bool = True  # random shifts of the training batches
-    augmentation_switch_step: Annotated[int | None, (1, 10**12)] = None  # from this step on the opposite
-    priming_gradient_steps: Period = 0  # heavy priming: so many at once when learning starts (paper: 100000)
+    augmentation_switch_step: Annotated[int | None, (1, 10**12)] = None  # flip it from this step on
+    priming_gradient_steps: Period = 0  # heavy priming: all at the first learning step (paper: 100000)
 
     # Interventions: at their steps ...
     reset_every: Period = 0  # steps between resets of trunks and heads; 0: never
@@ -299,15 +299,14 @@ class PixelReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack * 3, height, width) uint8, action (batch,
         action), the discounted reward of n steps (batch,), discount (batch,), and next_obs, n steps later.
 
-        discount is gamma^n, or 0 if the episode terminated within these steps.
+        discount is gamma^n, or 0 if the last of these steps terminated the episode (a truncation changes nothing).
         """
         chosen = torch.randint(self.oldest_start, self.num_starts, (batch_size,), generator=generator)
         first = self.start[chosen % self.capacity].to(self.frames.device)
         steps = torch.arange(1, self.n_step + 1, device=first.device)
         record = self.record[(first[:, None] + steps) % self.capacity]  # (batch, n_step, 3 + action)
-        alive = torch.cumprod(1 - record[:, :, 2], 1)
         reward = (record[:, :, 1] * self.gamma ** (steps - 1)).sum(1)
-        discount = self.gamma**self.n_step * alive[:, -1]
+        discount = self.gamma**self.n_step * (1 - record[:, -1, 2])
         return self.stacked(first), record[:, 0, 3:], reward, discount, self.stacked(first + self.n_step)
 
     def state_dict(self) -> dict:
@@ -447,8 +446,7 @@ class DrQv2Agent(nn.Module):
 # === What is measured =================================================================================================
 def fau(activations: list) -> torch.Tensor:
     """Fraction of active units (Eq. 1): the share of positive elements in a list of outputs of ReLUs (batch, ...). All
-    elements count equally: this is an average over the batch too, not one minus the dormant ratio. NaN if an element is
-    not finite."""
+    elements count equally, over units and batch: this is not one minus the dormant ratio. NaN if one is not finite."""
     share = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
     finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
     return torch.where(finite, share, torch.nan)
@@ -657,10 +655,10 @@ class CReLULayers(Layers):
 
 
 def prepare(agent, args):
-    """The interventions that the networks carry from the beginning. The target critic is the critic's copy again.
+    """Builds in the interventions that hold from the beginning, then copies the critic to its target anew.
 
-    The paper does not say which "initial linear layer" spectral norm is for. Behind that of the trunks, a layer norm
-    hides the scale of the weights, so that only the effective learning rate changes.
+    The paper does not say which "initial linear layer" spectral norm is for. In the trunks a layer norm follows and
+    cancels the weights' scale: only the effective learning rate changes.
     """
     actor, critic = agent.actor, agent.critic
     if args.crelu:
@@ -680,7 +678,7 @@ def prepare(agent, args):
 
 
 def intervene(agent, optimizers, replay, args, global_step, gradient_steps, updates, generator, device) -> dict:
-    """What is done to the networks at this step, after its gradient steps (`updates`): usually nothing -> events."""
+    """Edits the networks at this step, after its `updates` gradient steps; mostly nothing -> events to log."""
     actor, critic, target = agent.actor, agent.critic, agent.critic_target
     events = {}
     if args.reset_every and global_step and global_step % args.reset_every == 0:
@@ -722,11 +720,11 @@ def truncated_normal(mean, std, clip: float) -> torch.Tensor:
 
 
 def update(agent, optimizers, args, batch: list) -> dict:
-    """One gradient step for critic and encoder, one for the actor, one for the target. batch: augmented obs, action,
-    reward, discount, augmented next_obs, standard deviation of the noise (0-d) -> detached metrics, on the device."""
+    """One gradient step of critic and encoder, one of the actor, a Polyak step of the target. batch: augmented obs,
+    action, reward, discount, augmented next_obs, standard deviation of the noise -> detached metrics, on the device."""
     obs, action, reward, discount, next_obs, std = batch
     encoder_optimizer, actor_optimizer, critic_optimizer = optimizers
-    agent.train(args.spectral_norm != "none")  # only updates move its estimate
+    agent.train(args.spectral_norm != "none")  # power iteration runs only here
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
     with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
@@ -809,7 +807,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
         obs = torch.from_numpy(frame).to(device).repeat(1, 3, 1, 1)
         totals = np.zeros((3, envs.num_envs))
         running = np.ones(envs.num_envs, bool)
-        film = [frame[0]]
+        film = [frame[0].copy()]
         while running.any():
             with torch.no_grad():
                 action = agent.mean_action(obs).cpu().numpy()
@@ -822,7 +820,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
                 return None
             frame, reward, terminated, truncated, info = result
             obs = torch.cat([obs[:, 3:], torch.from_numpy(frame).to(device)], 1)
-            film.append(frame[0])
+            film.append(frame[0].copy())
             success = np.broadcast_to(info.get("success", 0), running.shape)
             totals += np.stack([reward, running, success]) * running
             running &= ~(terminated | truncated)
@@ -943,7 +941,11 @@ def train(args: Args) -> Path:
         if done:
             metrics |= {"charts/episodic_return": episode_return, "charts/episodic_length": steps}
             run.bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
-        if gradient_steps and global_step // args.plasticity_every > start_step // args.plasticity_every:
+        if (
+            gradient_steps
+            and len(replay)
+            and global_step // args.plasticity_every > start_step // args.plasticity_every
+        ):
             obs, action, *_ = (x.to(device) for x in replay.sample(args.plasticity_batch_size, look_rng))
             metrics |= measure_modules(agent, obs, action)
         run.log(global_step, metrics)
@@ -960,8 +962,9 @@ def train(args: Args) -> Path:
 CONFLICTS = dict(
     reset_every=("injection", "spectral_norm"),
     shrink_perturb_every=("injection", "spectral_norm"),
-    redo_period_gradient_steps=("injection", "spectral_norm", "layer_norm", "crelu"),
+    redo_period_gradient_steps=("injection", "spectral_norm", "layer_norm", "crelu", "priming_gradient_steps"),
     l2_init=("injection",),
+    injection=("spectral_norm",),
 )
 # Flags that do nothing without another one
 NEEDS = dict(
@@ -992,7 +995,7 @@ def check_args(args: Args) -> tuple:
             refuse(name, getattr(args, name), f"must be less than --total-timesteps {args.total_timesteps}")
     for name, others in CONFLICTS.items():
         for other in others:
-            if getattr(args, name) and getattr(args, other) != getattr(Args, other):
+            if getattr(args, name) != getattr(Args, name) and getattr(args, other) != getattr(Args, other):
                 refuse(name, getattr(args, name), f"does not go with --{other.replace('_', '-')}")
     for name, other in NEEDS.items():
         if getattr(args, name) != getattr(Args, name) and getattr(args, other) == getattr(Args, other):
@@ -1226,6 +1229,7 @@ class Run:
         if device.type == "cuda":
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
+        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
         self.start_time = time.time()
@@ -1298,6 +1302,7 @@ class Run:
         """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
         for tag, value in metrics.items():
             if not math.isfinite(value):
+                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
@@ -1328,11 +1333,11 @@ class Run:
     def save(self, **counters) -> None:
         content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
         for name, part in self.parts.items():
-            if name != "replay" or (self.args.checkpoint_replay and not self.finished):
+            if name != "replay" or (self.keep_replay and not self.finished):
                 content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         with self.disk():
             self.writer.flush()
-            save_file(self.dir / "checkpoint.pt", content)
+            save_file(self.dir / self.checkpoint, content)
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
@@ -1376,7 +1381,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None and not self.finished:
-            self.say(f"{self.reason}; saved; to continue: --resume {self.dir}")
+            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
             raise SystemExit(self.stopped)
 
 

@@ -1036,6 +1036,7 @@ class Run:
         if device.type == "cuda":
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
+        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
         self.start_time = time.time()
@@ -1108,6 +1109,7 @@ class Run:
         """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
         for tag, value in metrics.items():
             if not math.isfinite(value):
+                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
@@ -1138,11 +1140,11 @@ class Run:
     def save(self, **counters) -> None:
         content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
         for name, part in self.parts.items():
-            if name != "replay" or (self.args.checkpoint_replay and not self.finished):
+            if name != "replay" or (self.keep_replay and not self.finished):
                 content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         with self.disk():
             self.writer.flush()
-            save_file(self.dir / "checkpoint.pt", content)
+            save_file(self.dir / self.checkpoint, content)
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
@@ -1186,7 +1188,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None and not self.finished:
-            self.say(f"{self.reason}; saved; to continue: --resume {self.dir}")
+            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
             raise SystemExit(self.stopped)
 
 

@@ -33,7 +33,10 @@ CUT = "residual_block SA_encoder G_encoder Actor TrainingState Transition update
 
 
 def make_weights(depth: int) -> dict:
-    """Network -> [(kernel (inputs, outputs), bias)] of its Dense layers: stem, blocks, heads; always the same."""
+    """Network -> [(kernel (inputs, outputs), bias)] of its Dense layers: stem, blocks, heads; always the same.
+
+    The actor's heads are small: where tanh saturates, log pi is another number there (1e-6 is added) than here (exact).
+    """
     rng, weights = np.random.default_rng(0), {}
     for name, inputs, heads in (("actor", STATE + GOAL, [ACTION, ACTION]), ("sa", STATE + ACTION, [REPR]),
                                 ("g", GOAL, [REPR])):  # fmt: skip
@@ -41,6 +44,8 @@ def make_weights(depth: int) -> dict:
         weights[name] = []
         for n, m in sizes:
             kernel, bias = rng.uniform(-1, 1, (n, m)) * n**-0.5, 0.01 * rng.normal(size=m)
+            if m == ACTION:
+                kernel *= 0.01
             weights[name].append((kernel.astype(np.float32), bias.astype(np.float32)))
     return weights
 
@@ -115,7 +120,7 @@ def official_step(path: str, depth: int, options):
     carry = scope["TrainingState"](
         env_steps=jnp.zeros(()), gradient_steps=jnp.zeros(()), actor_state=learner(parameters["actor"]),
         critic_state=learner(critic), alpha_state=learner({"log_alpha": jnp.asarray(0.0)}))  # fmt: skip
-    carry = carry, jax.random.PRNGKey(1)
+    carry = jax.tree_util.tree_map(np.asarray, (carry, jax.random.PRNGKey(1)))  # as it comes back: one compilation
     observation = jnp.asarray(np.concatenate([state, goal], 1))
     future = jnp.asarray(np.pad(goal, ((0, 0), (0, STATE - GOAL))))
     unused = jnp.zeros(options.batch_size)  # reward and discount

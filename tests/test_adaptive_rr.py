@@ -327,7 +327,7 @@ def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, s
         at_call(patch, where, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run(*ADAPTIVE)
     printed = capsys.readouterr().err
-    assert stopped.value.code == 143 and "stopped by SIGTERM; saved; to continue: --resume runs/" in printed
+    assert stopped.value.code == 143 and "SIGTERM; saved as checkpoint.pt; to continue: --resume runs/" in printed
     (run_dir,) = Path("runs").iterdir()
     saved = checkpoint(run_dir)
     assert saved["global_step"] == step and saved["episode"] == math.ceil(step / 20)

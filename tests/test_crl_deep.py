@@ -591,8 +591,10 @@ def test_the_residual_stream_stays_in_float32_under_bfloat16(norm):
     for module in [*encoder.blocks, encoder.head, *actor.trunk.blocks, actor.trunk.head, actor.log_std_head]:
         module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        actor(torch.randn(4, 3), torch.randn(4, 2))
-        assert encoder(torch.randn(4, 5)).dtype == torch.bfloat16  # the layers are in bfloat16
+        outputs = [*actor(torch.randn(4, 3), torch.randn(4, 2)), encoder(torch.randn(4, 5))]
+        assert encoder.stem(torch.randn(4, 5)).dtype == torch.bfloat16  # the layers are in bfloat16
+    for output in outputs:  # the heads are in float32
+        assert output.dtype == torch.float32 and not torch.equal(output, output.bfloat16().float())
     assert inputs == [torch.float32] * (16 + 2 + 16 + 1)
 
 

@@ -161,7 +161,7 @@ def test_a_signal_ends_the_run_after_its_training_step(name, call, step, monkeyp
         patch.setattr(where, name, stopping)
         run(*POINT)
     printed = capsys.readouterr().err
-    assert stopped.value.code == 143 and "stopped by SIGTERM; saved; to continue: --resume runs/" in printed
+    assert stopped.value.code == 143 and "SIGTERM; saved as checkpoint.pt; to continue: --resume runs/" in printed
     (part,) = set(Path("runs").iterdir()) - {whole}
     assert checkpoint(part)["global_step"] == step
     run("--resume", part)

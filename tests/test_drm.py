@@ -346,6 +346,14 @@ def test_perturbation_with_factor_one_keeps_the_weights():
         assert torch.equal(value, before[name]), name
 
 
+def test_a_ratio_that_is_no_number_perturbs_nothing():
+    agent, optimizers, args = make_agent()
+    before = [x.clone() for x in agent.parameters()]
+    agent.dormant_ratio.fill_(math.nan)
+    assert drm.perturb_agent(agent, optimizers, args, torch.Generator()).isnan()
+    assert all(map(torch.equal, before, agent.parameters()))
+
+
 def test_perturbation_with_the_same_draw_for_the_target():
     agent, _, _, before = perturbed(perturb_target="same")
     fresh = drawn(agent, before)
@@ -604,7 +612,7 @@ def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, s
         at_call(patch, where, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run(*DRM)
     printed = capsys.readouterr().err
-    assert stopped.value.code == 143 and "stopped by SIGTERM; saved; to continue: --resume runs/" in printed
+    assert stopped.value.code == 143 and "SIGTERM; saved as checkpoint.pt; to continue: --resume runs/" in printed
     (run_dir,) = Path("runs").iterdir()
     saved = checkpoint(run_dir)
     assert saved["global_step"] == step and saved["episode"] == math.ceil(step / 20)

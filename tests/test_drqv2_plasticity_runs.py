@@ -344,6 +344,8 @@ INJECT = ["--injection", "critic", "--injection-step", 60]
     (["--shrink", 0.5], "--shrink 0.5: does nothing without --shrink-perturb-every"),
     (["--layer-norm", *REDO], "--redo-period-gradient-steps 10: does not go with --layer-norm"),
     (["--crelu", *REDO], "--redo-period-gradient-steps 10: does not go with --crelu"),
+    (["--priming-gradient-steps", 9, *REDO], "10: does not go with --priming-gradient-steps"),
+    ([*INJECT, "--spectral-norm", "head"], "--injection critic: does not go with --spectral-norm"),
     (["--spectral-norm", "head", "--shrink-perturb-every", 9], "every 9: does not go with --spectral-norm"),
     (["--replay-ratio", "inf"], "--replay-ratio inf: must lie"), (["--replay-ratio", 0], "0.0: must lie between"),
     (["--learning-rate", "nan"], "--learning-rate nan: must lie between"),

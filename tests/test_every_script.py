@@ -257,14 +257,17 @@ def test_all_streams_of_random_numbers_begin_differently(script, monkeypatch):
 # --- networks that have diverged --------------------------------------------------------------------------------------
 @every_script
 def test_a_run_that_diverges_saves_and_ends_with_one_line(script, flags, capsys):
-    words = [*flags, "--learning-rate", 1e12]
+    words = [*flags, "--learning-rate", 1e12, "--checkpoint-every", 1]
     for _ in range(2):  # also when it is resumed
         with pytest.raises(SystemExit) as stopped:
             run(script, *words)
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert stopped.value.code == 1 and "is not finite" in line and "saved; to continue" in line
+        assert stopped.value.code == 1 and "is not finite" in line and "saved as diverged.pt; to continue" in line
         (run_dir,) = Path("runs").iterdir()
         assert 0 < checkpoint(run_dir)["global_step"] and not (run_dir / "summary.json").exists()
+        assert all(weight.isfinite().all() for weight in checkpoint(run_dir)["agent"].values() if weight.numel() > 1)
+        diverged = torch.load(run_dir / "diverged.pt")
+        assert "replay" not in diverged and not all(x.isfinite().all() for x in diverged["agent"].values())
         words = ["--resume", run_dir]
 
 
