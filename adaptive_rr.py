@@ -133,6 +133,9 @@ class Args(RunArgs):
     rr_check_episodes: Annotated[int, (2, 10**12)] = 50  # episodes between checks
     rr_threshold: NonNegative = 0.001  # the FAU has settled when two checks differ by at most this
 
+    def task_defaults(self) -> dict:
+        return TASKS.get(self.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
+
 
 # What differs from the defaults, which are DrQ-v2's settings for medium tasks
 EASY = dict(total_timesteps=500_500, stddev_steps=100_000)
@@ -147,10 +150,6 @@ TASKS = {
 SCRIPT, ACTION_REPEAT = "adaptive_rr", 2
 ACTION_LIMIT = 1 - 1e-6  # largest absolute value of an action
 EPISODE_LIMIT = 1000  # steps of an episode in an environment that sets no limit
-
-
-def task_defaults(args: Args) -> dict:
-    return TASKS.get(args.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
 
 
 # === Environment ======================================================================================================
@@ -805,7 +804,7 @@ def parse_args(command_line: list) -> Args:
 
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
-        return tyro.cli(Args, args=command_line, default=Args(**task_defaults(args)))
+        return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
         description = json.loads((Path(args.resume) / "args.json").read_text())
         if description["script"] != SCRIPT:

@@ -150,6 +150,14 @@ class Args(RunArgs):
     norm: Literal["layer", "none", "hypersphere"] = "layer"  # hypersphere: weights and hidden vectors of fixed norm
     activation: Literal["swish", "relu"] = "swish"  # after every hidden Dense layer
 
+    def task_defaults(self) -> dict:
+        """Those of the environment, or else of its robot; and what follows from other flags."""
+        robot = self.env_id.partition("_")[0]
+        far_goals = self.env_id.partition("_gen_")[0] + "_eval"
+        follows = dict(eval_env_id=far_goals if far_goals in ENV_IDS else self.env_id)
+        follows |= dict(actor_depth=self.depth, critic_depth=self.depth)
+        return TASKS.get(self.env_id, TASKS.get(robot, {})) | follows
+
 
 # What differs from the defaults: laptop-sized runs of the point mass, and the longer runs of Fig. 1
 POINT = dict(total_timesteps=400_000, num_envs=64, episode_length=300, unroll_length=50, gradient_steps=100, width=64,
@@ -165,15 +173,6 @@ TASKS = {
 SCRIPT, ACTION_REPEAT = "crl_deep", 1
 GOAL_RADIUS, EASY_GOAL_RADIUS = 0.5, 2.0  # m
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
-
-
-def task_defaults(args: Args) -> dict:
-    """Those of the environment, or else of its robot; and what follows from other flags."""
-    robot = args.env_id.partition("_")[0]
-    far_goals = args.env_id.partition("_gen_")[0] + "_eval"
-    follows = dict(eval_env_id=far_goals if far_goals in ENV_IDS else args.env_id)
-    follows |= dict(actor_depth=args.depth, critic_depth=args.depth)
-    return TASKS.get(args.env_id, TASKS.get(robot, {})) | follows
 
 
 # === Environments: a point mass, an ant or a humanoid, on an open floor or in a maze, simulated by MuJoCo =============
@@ -824,7 +823,7 @@ def train(args: Args) -> Path:
     if args.norm == "hypersphere":
         project_weights(agent)
     optimizers = adam_optimizers(agent, args, device)
-    replay = Replay(replay_capacity(args), args.num_envs, *dims, buffer_device)
+    replay = Replay(replay_steps(args), args.num_envs, *dims, buffer_device)
     history = History()
     learn = partial(update, agent, optimizers, args)
     if args.cudagraphs:
@@ -938,7 +937,7 @@ def check_args(args: Args) -> tuple:
     layers = args.actor_depth + 2 * args.critic_depth + 3
     robot = ROBOTS[robots[0]]
     needed = {  # rough bytes; a weight has a gradient and two moments, a layer three activations
-        "buffer_size": 4 * replay_capacity(args) * args.num_envs * (robot.state_dim + robot.action_dim + 1),
+        "buffer_size": 4 * replay_steps(args) * args.num_envs * (robot.state_dim + robot.action_dim + 1),
         "depth": layers * args.width * (16 * (args.width + 3) + 12 * args.batch_size),
         "batch_size": 16 * args.batch_size**2,
         "repr_dim": 16 * args.repr_dim * (2 * args.width + args.batch_size),
@@ -957,7 +956,7 @@ def check_args(args: Args) -> tuple:
     return devices
 
 
-def replay_capacity(args) -> int:
+def replay_steps(args) -> int:
     """Time steps in the ring, each of all environments."""
     return min(args.buffer_size, args.total_timesteps) // args.num_envs
 
@@ -976,7 +975,7 @@ def parse_args(command_line: list) -> Args:
 
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
-        return tyro.cli(Args, args=command_line, default=Args(**task_defaults(args)))
+        return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
         description = json.loads((Path(args.resume) / "args.json").read_text())
         if description["script"] != SCRIPT:

@@ -153,6 +153,9 @@ class Args(RunArgs):
     lambda_temperature: Annotated[float, (1e-6, 1e6)] = 0.02  # T': how gradually that weight follows the ratio
     expectile: Annotated[float, (1e-6, 1 - 1e-6)] = 0.9  # expectile of the Q-values that the value network learns
 
+    def task_defaults(self) -> dict:
+        return TASKS.get(self.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
+
 
 # What differs from the defaults in the official code
 MEDIUM = dict(max_perturb_factor=1.0)
@@ -170,10 +173,6 @@ TASKS = {
 SCRIPT, ACTION_REPEAT = "drm", 2
 ACTION_LIMIT = 1 - 1e-6  # largest absolute value of an action
 EPISODE_LIMIT = 1000  # steps of an episode in an environment that sets no limit
-
-
-def task_defaults(args: Args) -> dict:
-    return TASKS.get(args.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
 
 
 # === Environment ======================================================================================================
@@ -888,7 +887,7 @@ def check_idle(args: Args) -> None:
     ]
     for other, idle, names in table:
         for name in names:
-            defaults = (getattr(Args, name), task_defaults(args).get(name))
+            defaults = (getattr(Args, name), args.task_defaults().get(name))
             if idle and getattr(args, name) not in defaults:
                 refuse(name, getattr(args, name), f"does nothing with {other}")
 
@@ -958,7 +957,7 @@ def parse_args(command_line: list) -> Args:
 
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
-        return tyro.cli(Args, args=command_line, default=Args(**task_defaults(args)))
+        return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
         description = json.loads((Path(args.resume) / "args.json").read_text())
         if description["script"] != SCRIPT:

@@ -154,6 +154,9 @@ class Args(RunArgs):
     spectral_norm: Literal["none", "trunk", "head"] = "none"  # of the first linear layer of trunks or heads
     crelu: bool = False  # the critic's heads get [ReLU(x), ReLU(-x)] (of all units: ours)
 
+    def task_defaults(self) -> dict:
+        return TASKS.get(self.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
+
 
 # What differs from the defaults, which are DrQ-v2's settings for medium tasks
 EASY = dict(total_timesteps=500_500, stddev_steps=100_000)
@@ -169,10 +172,6 @@ SCRIPT, ACTION_REPEAT = "drqv2_plasticity", 2
 ACTION_LIMIT = 1 - 1e-6  # largest absolute value of an action
 EPISODE_LIMIT = 1000  # steps of an episode in an environment that sets no limit
 TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons
-
-
-def task_defaults(args: Args) -> dict:
-    return TASKS.get(args.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
 
 
 # === Environment ======================================================================================================
@@ -1076,7 +1075,7 @@ def parse_args(command_line: list) -> Args:
 
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
-        return tyro.cli(Args, args=command_line, default=Args(**task_defaults(args)))
+        return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
         description = json.loads((Path(args.resume) / "args.json").read_text())
         if description["script"] != SCRIPT:

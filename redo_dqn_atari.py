@@ -110,7 +110,7 @@ class RunArgs:
 
 @dataclass
 class Args(RunArgs):
-    """DQN and ReDo. A step is an agent step, 4 frames. --protocol cleanrl has other defaults: see task_defaults."""
+    """DQN and ReDo. A step is an agent step, 4 frames. --protocol cleanrl has other defaults: see `task_defaults`."""
 
     exp_name: str = "redo_dqn_atari"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
@@ -166,6 +166,12 @@ class Args(RunArgs):
     rank_batch_size: Count = 2048  # states for the feature rank, at least twice --dormant-batch-size
     log_every: Count = 1000  # steps between logs of losses
 
+    def task_defaults(self) -> dict:
+        defaults = dict(redo_tau=0.025 if self.replay_ratio == 0.25 else 0.1)
+        if self.protocol == "cleanrl":
+            defaults |= CLEANRL | dict(exploration_steps=max(1, round(0.1 * self.total_timesteps)))
+        return defaults
+
 
 # Where CleanRL's dqn_atari.py differs from the paper (Tables 1 and 2; dopamine's dqn.gin)
 CLEANRL = dict(
@@ -176,13 +182,6 @@ SCRIPT, ACTION_REPEAT = "redo_dqn_atari", 4
 UPDATE_PERIOD = 4  # steps between bursts of gradient steps
 INITS = dict(xavier=nn.init.xavier_uniform_, torch=partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
 TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons; overlaps use the first
-
-
-def task_defaults(args: Args) -> dict:
-    defaults = dict(redo_tau=0.025 if args.replay_ratio == 0.25 else 0.1)
-    if args.protocol == "cleanrl":
-        defaults |= CLEANRL | dict(exploration_steps=max(1, round(0.1 * args.total_timesteps)))
-    return defaults
 
 
 # === Environment ======================================================================================================
@@ -724,7 +723,7 @@ def train(args: Args) -> Path:
     num_actions = int(envs.single_action_space.n)
     agent = DQNAgent(num_actions, args).to(device, memory_format=torch.channels_last)
     q_network, optimizer = agent.q_network, make_optimizer(agent, args, device)
-    replay = FrameReplay(replay_capacity(args), buffer_device, args.n_step, args.gamma)
+    replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
     history = DormantHistory()
     batch_rng = random_stream(args.seed, 0)
     redo_rng = random_stream(args.seed, 1)
@@ -832,14 +831,14 @@ def check_args(args: Args) -> tuple:
         network = {"nature": NatureCNN, "resnet": ResNet}[args.network](18, args)
     activations = {"nature": 8e5, "resnet": 3e6}[args.network] * max(1, args.width)  # bytes per state
     needed = {  # rough bytes; 5: weights, the target's, gradients, Adam's moments
-        "buffer_size": replay_capacity(args) * (84 * 84 + 24),
+        "buffer_size": replay_frames(args) * (84 * 84 + 24),
         "width": 3e8 + 5 * 4 * sum(p.numel() for p in network.parameters()),
         "rank_batch_size": activations * args.rank_batch_size,
         "batch_size": activations * args.batch_size,
         "redo_batch_size": activations * args.redo_batch_size,
     }
     devices = check_devices(args, needed)
-    defaults = Args(**task_defaults(args))
+    defaults = Args(**args.task_defaults())
     for name in ("redo_tau", "redo_batch_size"):  # the two periods may be given to every method of a sweep
         if args.method != "redo" and getattr(args, name) != getattr(defaults, name):
             refuse(name, getattr(args, name), "does nothing without --method redo")
@@ -864,7 +863,7 @@ def check_args(args: Args) -> tuple:
     return devices
 
 
-def replay_capacity(args) -> int:
+def replay_frames(args) -> int:
     """Frames in the ring. Twice the steps are enough: an episode's last frame takes a place, too."""
     return min(args.buffer_size, 2 * args.total_timesteps)
 
@@ -883,7 +882,7 @@ def parse_args(command_line: list) -> Args:
 
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
-        return tyro.cli(Args, args=command_line, default=Args(**task_defaults(args)))
+        return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
         description = json.loads((Path(args.resume) / "args.json").read_text())
         if description["script"] != SCRIPT:

@@ -141,15 +141,14 @@ class Args(RunArgs):
     dormant_batch_size: Count = 256  # states that the logged scores are taken over
     log_every: Count = 1000  # steps between logs of losses
 
+    def task_defaults(self) -> dict:
+        return dict(redo_tau=0.025 if self.replay_ratio == 0.25 else 0.1)
+
 
 SCRIPT, ACTION_REPEAT = "redo_variants", 4
 UPDATE_PERIOD = 4  # steps between bursts of gradient steps
 INITS = dict(xavier=nn.init.xavier_uniform_, torch=partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
 TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons
-
-
-def task_defaults(args: Args) -> dict:
-    return dict(redo_tau=0.025 if args.replay_ratio == 0.25 else 0.1)
 
 
 # === Environment ======================================================================================================
@@ -617,7 +616,7 @@ def train(args: Args) -> Path:
     if args.redo_adam == "per-element":
         options = dict(eps=args.adam_eps, weight_decay=args.weight_decay)
         optimizer = PerElementAdam(q_network.parameters(), args.learning_rate, **options)
-    replay = FrameReplay(replay_capacity(args), buffer_device, args.n_step, args.gamma)
+    replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
     batch_rng = random_stream(args.seed, 0)
     redo_rng = random_stream(args.seed, 1)
     look_rng = random_stream(args.seed, 2)
@@ -720,14 +719,14 @@ def check_args(args: Args) -> tuple:
     # Weights, the target's, gradients, and Adam's moments (per-element: their counts and temporary copies, too)
     copies = 9 if args.redo_adam == "per-element" else 5
     needed = {  # rough bytes
-        "buffer_size": replay_capacity(args) * (84 * 84 + 24),
+        "buffer_size": replay_frames(args) * (84 * 84 + 24),
         "width": 3e8 + copies * 4 * sum(p.numel() for p in network.parameters()),
         "dormant_batch_size": activations * args.dormant_batch_size,
         "batch_size": activations * args.batch_size,
         "redo_batch_size": activations * args.redo_batch_size,
     }
     devices = check_devices(args, needed)
-    defaults = Args(**task_defaults(args))
+    defaults = Args(**args.task_defaults())
     for name in ("redo_tau", "redo_batch_size", "redo_adam", "redo_compat_flatten"):
         if args.method != "redo" and getattr(args, name) != getattr(defaults, name):
             refuse(name, getattr(args, name), "does nothing without --method redo")
@@ -749,7 +748,7 @@ def check_args(args: Args) -> tuple:
     return devices
 
 
-def replay_capacity(args) -> int:
+def replay_frames(args) -> int:
     """Frames in the ring. Twice the steps are enough: an episode's last frame takes a place, too."""
     return min(args.buffer_size, 2 * args.total_timesteps)
 
@@ -768,7 +767,7 @@ def parse_args(command_line: list) -> Args:
 
     args = tyro.cli(Args, args=command_line)
     if args.resume is None:
-        return tyro.cli(Args, args=command_line, default=Args(**task_defaults(args)))
+        return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
         description = json.loads((Path(args.resume) / "args.json").read_text())
         if description["script"] != SCRIPT:

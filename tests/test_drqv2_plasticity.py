@@ -239,7 +239,7 @@ def test_update_against_a_naive_one(discount):
 
 
 def defaults_of(task):
-    return drq.Args(**drq.task_defaults(drq.Args(env_id=f"dm_control/{task}-v0")))
+    return drq.Args(**drq.Args(env_id=f"dm_control/{task}-v0").task_defaults())
 
 
 def test_schedules_and_tables():

@@ -38,7 +38,7 @@ def test_scripts_import_only_what_requirements_list(script):
 
 
 # What every script has under the same name, and writes for itself
-OWN = "Args train task_defaults check_args replay_capacity make_env make_envs act update evaluate sample_batch".split()
+OWN = "Args train check_args make_env make_envs act update evaluate sample_batch".split()
 
 
 def test_same_name_means_same_source():
@@ -126,7 +126,7 @@ def test_every_flag_is_used_and_documented(script):
     """Used where the work is done, not only where arguments are checked."""
     text = script.read_text()
     body = ast.parse(text).body
-    asking = ["Args", "RunArgs", "check_devices", "task_defaults", "parse_args"]
+    asking = ["Args", "RunArgs", "check_devices", "parse_args"]
     asking += ["check_args"] if script in SHAPED else []
     working = [node for node in body if getattr(node, "name", "") not in asking]
     attributes = [node for part in working for node in ast.walk(part) if isinstance(node, ast.Attribute)]

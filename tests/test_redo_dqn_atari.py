@@ -21,7 +21,7 @@ RUN = SimpleNamespace(stopped=None, bar=SimpleNamespace(set_description=str))
 
 def small_args(**changes):
     changes = {"width": 0.125, "device": "cpu", **changes}
-    return redo.Args(**redo.task_defaults(redo.Args(**changes)) | changes)
+    return redo.Args(**redo.Args(**changes).task_defaults() | changes)
 
 
 def seeded(seed=0):
