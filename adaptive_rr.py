@@ -12,6 +12,8 @@
 #     "tqdm==4.70.1",
 #     "moviepy==2.2.1",
 # ]
+# [tool.uv]  # labmaze, which dm_control asks for and which is not used here, has no wheel for Python 3.13
+# override-dependencies = ["labmaze ; python_version < '3'"]
 # ///
 """Adaptive RR, the method of Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages
 (Ma et al., ICLR 2024, arXiv 2310.07418): learn with a low replay ratio until the critic has recovered its plasticity,
@@ -59,7 +61,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -863,9 +865,13 @@ def check_devices(args: Args, needed: dict) -> tuple:
 
 
 def memory(device: str) -> int:
-    """Bytes: what is free on the GPU, or all of the computer's memory."""
+    """Bytes: what is free on the GPU, or all of the computer's memory, or what its container may take of it."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else everything
+    with suppress(OSError, ValueError):  # no such file, or no limit ("max")
+        return min(everything, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return everything
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -70,7 +70,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -1034,9 +1034,13 @@ def check_devices(args: Args, needed: dict) -> tuple:
 
 
 def memory(device: str) -> int:
-    """Bytes: what is free on the GPU, or all of the computer's memory."""
+    """Bytes: what is free on the GPU, or all of the computer's memory, or what its container may take of it."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else everything
+    with suppress(OSError, ValueError):  # no such file, or no limit ("max")
+        return min(everything, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return everything
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
-# Installs everything into .venv and puts it on the PATH of the script that sources this file:
-#   Python 3.11 or 3.12, the pinned packages of requirements.txt, and the EGL libraries that headless rendering needs.
+# Installs everything into .venv and puts it on the PATH of the script that sources this file: the pinned packages of
+# requirements.txt, with Python 3.11 to 3.14, and on Linux the EGL libraries that headless rendering needs.
 # On Debian and Ubuntu it fetches missing system packages itself when run as root or with password-less sudo.
+# PyTorch is the build for CPUs, gigabytes smaller, where no NVIDIA driver is seen; GPU=1 or CPU=1 decide otherwise.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fail() { echo "install.sh: $*" >&2; exit 1; }
 
+case "$(uname)" in
+  Linux | Darwin) ;;
+  *) fail "Windows is not supported; in WSL it installs as on Linux" ;;
+esac
 python=""
-for candidate in python3 python3.12 python3.11; do
-  if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+  if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
     python=$candidate
     break
   fi
 done
-[ -n "$python" ] || fail "needs Python 3.11 or 3.12; found: $(python3 --version 2>&1 || true)"
+[ -n "$python" ] || fail "needs Python 3.11 to 3.14; found: $(python3 --version 2>&1 || true)"
 
 packages=()
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   packages+=("python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv")
 ldconfig=$(PATH="$PATH:/sbin:/usr/sbin" command -v ldconfig || true)
-{ [ -n "$ldconfig" ] && "$ldconfig" -p | grep -q libEGL.so.1; } ||
+[ "$(uname)" = Darwin ] || { [ -n "$ldconfig" ] && "$ldconfig" -p | grep -q libEGL.so.1; } ||
   packages+=(libegl1 libgl1-mesa-dri libglx-mesa0 libopengl0)
 if [ ${#packages[@]} -gt 0 ]; then
   if ! command -v apt-get >/dev/null; then
@@ -36,12 +41,19 @@ if [ ${#packages[@]} -gt 0 ]; then
   $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}" >/dev/null
 fi
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv # anew, if it was left half-made
+pip=(.venv/bin/python -m pip install -q --disable-pip-version-check --retries 2)
+if [ "${GPU:-0}" != 1 ] && { [ "${CPU:-0}" = 1 ] || ! command -v nvidia-smi >/dev/null; } && [ "$(uname)" = Linux ]; then
+  pip+=(--extra-index-url https://download.pytorch.org/whl/cpu) # where it cannot be reached, pip takes what it finds
+fi
 for requirements in requirements.txt ${EXTRA_REQUIREMENTS:-}; do # only what changed since it was last installed
   stamp=.venv/installed-${requirements//\//-}
   if ! cmp -s "$requirements" "$stamp"; then
     echo "installing $requirements into .venv (the first time takes minutes)" >&2
-    .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements"
+    "${pip[@]}" -r "$requirements"
+    if [ "$requirements" = requirements.txt ] && .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
+      "${pip[@]}" --no-deps "$(sed -n 's/^dm_control\(==[^ ]*\).*/dm_control\1/p' requirements.txt)" # without labmaze
+    fi
     cp "$requirements" "$stamp"
   fi
 done

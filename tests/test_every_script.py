@@ -524,3 +524,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     folder = Path(rr.__file__).parent
     faults = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     assert int(faults.stdout) < 1000
+
+
+@pytest.mark.parametrize("limit, capped", [("1000000000\n", True), ("max\n", False)])
+def test_the_limit_of_a_container_is_respected(monkeypatch, capsys, limit, capped):
+    read = Path.read_text
+    group = "/sys/fs/cgroup/memory.max"
+    monkeypatch.setattr(Path, "read_text", lambda self: limit if str(self) == group else read(self))
+    assert (rr.memory("cpu") == 10**9) == capped
+    if capped:
+        with pytest.raises(SystemExit):
+            run(rr, "--env-id", "dm_control/cartpole-balance-v0", "--buffer-device", "cpu")
+        assert "cpu has 1.0 GB" in capsys.readouterr().err

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -66,8 +68,8 @@ def test_the_housekeeping_is_the_same_text():
 # below, the check of memory, dead environments, films and checkpoints that do not fit take what nobody foresaw.
 # of drm.py (670), 553 are DrQ-v2's, word for word; below, flags that do nothing are refused
 LENGTHS = {
-    "adaptive_rr": (590, 351), "drqv2_plasticity": (805, 373), "redo_dqn_atari": (685, 327),
-    "redo_variants": (600, 327), "drm": (695, 373), "crl_deep": (840, 337),
+    "adaptive_rr": (590, 355), "drqv2_plasticity": (805, 377), "redo_dqn_atari": (685, 331),
+    "redo_variants": (600, 331), "drm": (695, 377), "crl_deep": (840, 341),
 }  # fmt: skip
 
 
@@ -119,6 +121,9 @@ def test_what_uv_installs_is_what_the_script_imports(script):
     imported = {IMPORT_NAMES.get(module, module) for module in modules}
     imported |= {"tensorboard"} | ({"dm_control", "mujoco"} if "shimmy" in imported else set())
     assert set(listed) == imported
+    head = tomllib.loads(re.sub("^# ?", "", text.partition("# /// script\n")[2].partition("# ///")[0], flags=re.M))
+    without_labmaze = head.get("tool", {}).get("uv") == {"override-dependencies": ["labmaze ; python_version < '3'"]}
+    assert without_labmaze == ("dm_control" in listed)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -263,8 +268,41 @@ def install(tmp_path, **programs):
 
 def test_install_names_the_python_it_needs(tmp_path):
     old = 'test "$1" = --version && echo Python 3.9.2 && exit 0; exit 1'
-    done = install(tmp_path, python3=old, python3_11=old, python3_12=old)
-    assert done.returncode == 1 and done.stderr == "install.sh: needs Python 3.11 or 3.12; found: Python 3.9.2\n"
+    done = install(tmp_path, python3=old, python3_11=old, python3_12=old, python3_13=old, python3_14=old)
+    assert done.returncode == 1 and done.stderr == "install.sh: needs Python 3.11 to 3.14; found: Python 3.9.2\n"
+
+
+def test_install_says_that_windows_is_not_supported(tmp_path):
+    done = install(tmp_path, uname="echo MINGW64_NT-10.0")
+    assert done.returncode == 1 and done.stderr.startswith("install.sh: Windows is not supported")
+
+
+def test_requirements_hold_all_that_dm_control_needs_but_labmaze():
+    """Python 3.13 and newer install dm_control without what it asks for."""
+    listed = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M))
+    needed = {re.match(r"[\w-]+", line)[0] for line in metadata.requires("dm_control") if "extra ==" not in line}
+    assert needed - listed == {"labmaze", "setuptools"}
+
+
+def test_install_repairs_a_venv_that_was_left_half_made(tmp_path):
+    """With a pip that only writes down what it is asked for."""
+    shutil.copy(ROOT / "install.sh", tmp_path)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    broken = tmp_path / ".venv/bin/python"
+    broken.write_text("#!/bin/sh\nexit 1\n")  # it has no pip, as Ctrl-C during its creation leaves it
+    broken.chmod(0o755)
+    stub = tmp_path / "stubs/python3"
+    stub.parent.mkdir()
+    pip = 'echo "$@" >> asked; case "$*" in *-c*) exec PYTHON "$@" ;; esac'.replace("PYTHON", sys.executable)
+    make = f"mkdir -p .venv/bin; printf '#!/bin/sh\n{pip}\n' > .venv/bin/python; chmod +x .venv/bin/python"
+    stub.write_text(f'#!/bin/sh\nif [ "$2" = venv ]; then rm -rf .venv; {make}; else exec {sys.executable} "$@"; fi\n')
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "CPU": "1"}
+    subprocess.run(["bash", "install.sh"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    asked = (tmp_path / "asked").read_text()
+    assert "download.pytorch.org/whl/cpu -r requirements.txt" in asked
+    assert ("--no-deps dm_control==1.0.50" in asked) == (sys.version_info >= (3, 13))
 
 
 def test_install_names_the_packages_it_may_not_install(tmp_path):
