@@ -28,7 +28,7 @@ A training step: 62 steps in each of 512 environments, then 800 gradient steps (
     python crl_deep.py                        point mass in a room, 2 CPU cores, 1 minute: at least 0.9 of 24 goals
     python crl_deep.py --env-id point_u_maze  the same around a wall, 3 minutes: one to three of 3 far goals, by seed
     python crl_deep.py --env-id ant_u4_maze --depth 16       Fig. 1, one GPU, hours; not run yet (paper: 140 of 1000)
-    SCALE=paper bash benchmark/crl_deep_fig1_depth.sh        all of Fig. 1, Table 1; the other figures: see README.md
+    SCALE=paper bash benchmark/crl_deep/fig1_depth.sh        all of Fig. 1, Table 1; the other figures: see README.md
 
 Differences from the official code (wang-kevin3290/scaling-crl), and the reasons for them:
  1. The paper prints f = +||phi - psi||; its code uses the negative, and so does this one.

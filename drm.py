@@ -32,7 +32,7 @@ with clipped noise; critic and encoder learn y; the actor maximizes min_k Q_k(s,
 
     python drm.py --env-id dm_control/dog-walk-v0                            the paper's setting, 30M frames: for a GPU
     python drm.py --stddev-type drqv2 --perturb-every 0 --target-lambda 0    plain DrQ-v2 (to the bit, on a CPU)
-    SCALE=small bash benchmark/drm_cpu.sh                                    in small: three runs of 22 minutes on a CPU
+    SCALE=small bash benchmark/drm/cpu.sh                                    in small: three runs of 22 minutes on a CPU
 
 Beta depends on where a unit is measured: see `actor_outputs`. It is 0.2 to 0.5 in a freshly initialized actor, higher
 where frames look alike, and a perturbation pulls it there, whether that is up or down.

@@ -1,4 +1,4 @@
-# Sourced by every sweep:   SCALE=smoke|small|paper [WORKERS=n] [EXTRA="flags"] bash benchmark/<sweep>.sh [--dry-run]
+# Sourced by every sweep: SCALE=smoke|small|paper [WORKERS=n] [EXTRA="flags"] bash benchmark/<script>/<sweep>.sh [--dry-run]
 #   SCALE  smoke: a CPU, minutes, checks the plumbing only; small: one GPU, about an hour a run; paper: the paper's own size
 #   WORKERS  runs side by side (default 1)      EXTRA  flags for every new run, for instance --cudagraphs
 #   OUT      folder of the figure and its CSV (default runs/figures)
@@ -6,10 +6,10 @@
 # how many runs there were and which failed; the exit code is 1 when any did. --dry-run prints the commands.
 # On a cluster: benchmark/slurm.sh.
 set -euo pipefail
+name=$(basename "$(dirname "$(realpath "$0")")")_$(basename "$0" .sh) # <script>_<sweep>
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-smoke} WORKERS=${WORKERS:-1} EXTRA=${EXTRA:-} OUT=${OUT:-runs/figures} DRY_RUN=""
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
-name=$(basename "$0" .sh)
 case "${1:-}" in
   "") ;;
   --dry-run) DRY_RUN=1 ;;
@@ -194,7 +194,7 @@ sweep() { # sweep SCRIPT NAME "ENV_IDS" "SEEDS" [flags ...] < variants, one a li
   done
 }
 
-draw() { # draw SCRIPT [arguments ...]: waits for the runs, then makes the figure and its CSV, $OUT/<sweep>_<scale>
+draw() { # draw SCRIPT [arguments ...]: waits for the runs, then makes the figure and its CSV, $OUT/<name>_<scale>
   wait
   echo python "$@" --out "$OUT/${name}_$SCALE"
   [ -z "$DRY_RUN" ] || return 0

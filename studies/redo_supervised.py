@@ -20,7 +20,7 @@ jumps, to 29, 41, 39 and 44%, falls a little after that, and ends at 32%.       
 ReDo (Algorithm 1), every 40 gradient steps (it is not in this figure):                                     -> `recycle`
     of every tau-dormant neuron: re-draw the incoming weights from the initial distribution, zero the outgoing ones
 
-    SCALE=paper bash benchmark/redo_supervised_fig3.sh              the figure, with ReDo: see benchmark/README.md
+    SCALE=paper bash benchmark/redo_dqn_atari/supervised_fig3.sh    the figure, with ReDo: see benchmark/README.md
     python studies/redo_supervised.py                               labels permuted among the images
     python studies/redo_supervised.py --targets relabelled --redo   labels permuted among the classes, with ReDo
 

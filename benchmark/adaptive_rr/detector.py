@@ -1,6 +1,6 @@
 """Where other detectors would have raised the replay ratio: logged fractions of active units, replayed, offline.
 
-    python benchmark/adaptive_rr_detector.py --runs "rr-paper-static0.5" --out runs/figures/adaptive_rr_detector
+    python benchmark/adaptive_rr/detector.py --runs "rr-paper-static0.5" --out runs/figures/adaptive_rr_detector
 
 For every run of adaptive_rr.py whose --exp-name matches, and every interval and threshold, the frame where
 adaptive_rr.PlateauDetector would have switched. Best asked of static runs at the low replay ratio. A run that switched
@@ -12,9 +12,10 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import group, load_runs, panels, save
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from adaptive_rr import PlateauDetector
 
 FAU = "plasticity/fau/critic"

@@ -1,16 +1,20 @@
 """Draws the figures of adaptive_rr.py from the runs under runs/, offline.
 
-    python benchmark/plot_adaptive_rr.py curves --runs "rr-smoke-*" --envs dm_control/quadruped-run-v0 \
+    python benchmark/adaptive_rr/plot.py curves --runs "rr-smoke-*" --envs dm_control/quadruped-run-v0 \
         --arms static0.5 static2 adaptive --tags fau/critic charts/replay_ratio --out runs/figures/fig10
 
-KIND is curves (as in plot_drqv2_plasticity.py) or table (Table 1: the last returns, with the paper's). Each figure is
+KIND is curves (as in drqv2_plasticity/plot.py) or table (Table 1: the last returns, with the paper's). Each figure is
 written as PNG with the CSV behind it.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-import plot_drqv2_plasticity as drq
-from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plotting import aligned, group, load_module, load_runs, mean_and_band, panels, save, seeds_text
+
+drq = load_module("drqv2_plasticity/plot.py")
 
 TABLE_FRAMES = 2_000_000
 # Table 1, return then: mean, standard deviation over 5 seeds

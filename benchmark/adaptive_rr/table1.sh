@@ -3,7 +3,7 @@
 # settings of resets (after every tenth of 2M frames) and ReDo (the paper's threshold, every 1000 gradient steps) are our
 # guess; these arms are run by drqv2_plasticity.py, which is the same agent to the bit. Those with neither are the runs of
 # Fig. 9.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 ratio_tiers "cheetah-run walker-run quadruped-run"
 sweep adaptive_rr.py rr "$envs" "$seeds" $flags < <(
@@ -22,5 +22,5 @@ sweep drqv2_plasticity.py rr "$envs" "$seeds" $flags < <(
   echo "static2-reset --replay-ratio 2 --reset-every $reset"
   echo "static2-redo --replay-ratio 2 --redo-period-gradient-steps $redo"
 )
-draw benchmark/plot_adaptive_rr.py table --runs "rr-$SCALE-*" --envs $envs \
+draw benchmark/adaptive_rr/plot.py table --runs "rr-$SCALE-*" --envs $envs \
   --arms static0.5 static0.5-reset static0.5-redo static2 static2-reset static2-redo adaptive

@@ -1,6 +1,6 @@
 """Draws what the runs of studies/crl_depth_offline.py under runs/ have learned, offline.
 
-    python benchmark/plot_crl_depth_offline.py --runs "depth-paper-*" --out runs/figures/crl_depth_offline
+    python benchmark/crl_deep/depth_offline_plot.py --runs "depth-paper-*" --out runs/figures/crl_depth_offline
 
 Held-out loss and goals reached over depth, with the controls; the critic over the floor at the smallest and the largest
 depth. A PNG with the CSV behind it.
@@ -8,8 +8,12 @@ depth. A PNG with the CSV behind it.
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import group, load_runs, mean_and_band, panels, save, seeds_text
 
 TAGS = {"eval/nce": "held-out loss (InfoNCE, batches of 512)", "eval/success": "share of the goals reached"}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 10: phi(s, a) along one successful episode, first three principal components, shallow and deep.
 # Expect, at paper scale: depth 4 puts an episode on a clump, depth 64 spreads it on a curved surface.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;
@@ -11,4 +11,4 @@ esac
 sweep crl_deep.py fig10 "$envs" "$seeds" $flags < <(
   for depth in $depths; do echo "d$depth --depth $depth"; done
 )
-draw benchmark/plot_crl_deep.py fig10 --runs "fig10-$SCALE-*"
+draw benchmark/crl_deep/plot.py fig10 --runs "fig10-$SCALE-*"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 16: no LayerNorm, and ReLU instead of Swish, over depth.
 # Expect, at paper scale: both much worse, the more so the deeper. Paper: 3 seeds.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 depth_tiers
 sweep crl_deep.py fig16 "$envs" "$seeds" $flags < <(
@@ -11,4 +11,4 @@ sweep crl_deep.py fig16 "$envs" "$seeds" $flags < <(
     echo "d$depth-relu --depth $depth --activation relu"
   done
 )
-draw benchmark/plot_crl_deep.py fig16 --runs "fig16-$SCALE-*"
+draw benchmark/crl_deep/plot.py fig16 --runs "fig16-$SCALE-*"

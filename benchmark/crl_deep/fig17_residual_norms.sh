@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 17: mean L2 norm of every block's residual, at the end of training.
 # Expect, at paper scale: falling with the block's index in both encoders, less so in the actor.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="8 16" flags=$SMOKE ;;
@@ -11,4 +11,4 @@ esac
 sweep crl_deep.py fig17 "$envs" "$seeds" $flags < <(
   for depth in $depths; do echo "d$depth --depth $depth"; done
 )
-draw benchmark/plot_crl_deep.py fig17 --runs "fig17-$SCALE-*"
+draw benchmark/crl_deep/plot.py fig17 --runs "fig17-$SCALE-*"

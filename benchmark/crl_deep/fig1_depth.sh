@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 1 and Table 1: time at goal over environment steps for depth 4 to 64 (without the three arm panels).
 # Expect, at paper scale: deeper is better in all seven, 2 to 1000 times depth 4 at depth 64. Paper: 5 seeds.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 case $SCALE in
   smoke) seeds="1 2" envs=point_room depths="4 8" flags=$SMOKE ;;
@@ -12,4 +12,4 @@ esac
 sweep crl_deep.py fig1 "$envs" "$seeds" $flags < <(
   for depth in $depths; do echo "d$depth --depth $depth"; done
 )
-draw benchmark/plot_crl_deep.py fig1 --runs "fig1-$SCALE-*"
+draw benchmark/crl_deep/plot.py fig1 --runs "fig1-$SCALE-*"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 4: width against depth. Wide networks of depth 4, and deep ones of width 256, on the final time at goal.
 # Expect, at paper scale: depth 8 beats most widths, at far fewer parameters. Paper: 3 seeds, humanoid for 200M steps.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room widths="16 64" depths="8" flags=$SMOKE ;;
@@ -16,4 +16,4 @@ for env in $envs; do
     for depth in $depths; do echo "d$depth --depth $depth"; done
   )
 done
-draw benchmark/plot_crl_deep.py fig4 --runs "fig4-$SCALE-*"
+draw benchmark/crl_deep/plot.py fig4 --runs "fig4-$SCALE-*"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 5: depth with and without the residual connections.
 # Expect, at paper scale: without them performance falls with depth. Paper: 3 seeds.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 depth_tiers
 sweep crl_deep.py fig5 "$envs" "$seeds" $flags < <(
@@ -10,4 +10,4 @@ sweep crl_deep.py fig5 "$envs" "$seeds" $flags < <(
     echo "d$depth-plain --depth $depth --no-residual"
   done
 )
-draw benchmark/plot_crl_deep.py fig5 --runs "fig5-$SCALE-*"
+draw benchmark/crl_deep/plot.py fig5 --runs "fig5-$SCALE-*"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 7: batch size times depth, on the final time at goal.
 # Expect, at paper scale: larger batches help deep networks, and do nothing for depth 4. Paper: 3 seeds.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 8" batches="32 128" flags=$SMOKE ;;
@@ -13,4 +13,4 @@ sweep crl_deep.py fig7 "$envs" "$seeds" $flags < <(
     for batch in $batches; do echo "d$depth-b$batch --depth $depth --batch-size $batch"; done
   done
 )
-draw benchmark/plot_crl_deep.py fig7 --runs "fig7-$SCALE-*"
+draw benchmark/crl_deep/plot.py fig7 --runs "fig7-$SCALE-*"

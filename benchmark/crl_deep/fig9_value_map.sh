@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 9: the critic over the U4 maze, shallow and deep.
 # Expect, at paper scale: depth 4 follows the straight line to the goal, depth 64 the corridor.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_u4_maze depths="4 8" flags=$SMOKE ;;
@@ -11,4 +11,4 @@ esac
 sweep crl_deep.py fig9 "$envs" "$seeds" $flags < <(
   for depth in $depths; do echo "d$depth --depth $depth"; done
 )
-draw benchmark/plot_crl_deep.py fig9 --runs "fig9-$SCALE-*"
+draw benchmark/crl_deep/plot.py fig9 --runs "fig9-$SCALE-*"

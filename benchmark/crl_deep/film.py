@@ -1,6 +1,6 @@
 """Films one evaluation episode of a finished crl_deep.py run, with no display needed.
 
-python benchmark/crl_deep_film.py runs/<run>            -> runs/<run>/episode.mp4; the goal is a red ball
+python benchmark/crl_deep/film.py runs/<run>            -> runs/<run>/episode.mp4; the goal is a red ball
 """
 
 import os
@@ -9,9 +9,12 @@ from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported
 
-import crl_deep_looks as looks
 from moviepy import ImageSequenceClip
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plotting import load_module
+
+looks = load_module("crl_deep/looks.py")
 crl = looks.crl
 
 
@@ -41,6 +44,6 @@ def film(run_dir: Path) -> Path:
 PACKAGES = "apt-get install libegl1 libgl1-mesa-dri libglx-mesa0 libopengl0"
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "checkpoint.pt").exists():
-        print("usage: python benchmark/crl_deep_film.py RUN_DIR (with args.json and checkpoint.pt)", file=sys.stderr)
+        print("usage: python benchmark/crl_deep/film.py RUN_DIR (with args.json and checkpoint.pt)", file=sys.stderr)
         raise SystemExit(2)
     print(film(Path(sys.argv[1])))

@@ -2,7 +2,7 @@
 
     git clone https://github.com/wang-kevin3290/scaling-crl
     python -m venv jaxenv && jaxenv/bin/pip install jax flax optax        (on a GPU "jax[cuda12]")
-    python benchmark/crl_deep_peer.py scaling-crl/train.py --jax jaxenv/bin/python --out runs/figures/crl_peer
+    python benchmark/crl_deep/peer.py scaling-crl/train.py --jax jaxenv/bin/python --out runs/figures/crl_peer
 
 The official networks and update functions are cut out of train.py as text, so that neither Brax nor wandb is needed. A
 step is actor, temperature and critic at the paper's width 256 and batch 512, on the ant's dimensions; all start from
@@ -142,7 +142,7 @@ def our_step(depth: int, options, **flags):
 
     import torch
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import crl_deep as crl
 
     device = torch.device(options.device)

@@ -1,6 +1,6 @@
 """Draws the figures of crl_deep.py from the runs under runs/, offline.
 
-    python benchmark/plot_crl_deep.py fig1 --runs "fig1-smoke-*" --out runs/figures/fig1
+    python benchmark/crl_deep/plot.py fig1 --runs "fig1-smoke-*" --out runs/figures/fig1
 
 FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig9, fig10, fig11, fig12, fig16, fig17 or table2. Each
 is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of the last five
@@ -10,11 +10,16 @@ quickstart, fig9, fig10 and fig17 show is computed from the run's checkpoint.pt:
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-import crl_deep_looks as looks
 import matplotlib.pyplot as plt
 import numpy as np
-from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plotting import aligned, group, load_module, load_runs, mean_and_band, panels, save, seeds_text
+
+looks = load_module("crl_deep/looks.py")
 
 SCORE = "eval/time_at_goal_last5"
 BANDS = "Bands: 95% bootstrap confidence intervals over seeds."

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 2: environment steps until 200, 400 and 600 steps at the goal, LayerNorm against Simba-v2's hypersphere norm.
 # The paper, million steps: depth 16 64/75/- against 50/62/77; depth 32 54/64/77 against 42/48/67; depth 4 never.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;
@@ -14,4 +14,4 @@ sweep crl_deep.py table2 "$envs" "$seeds" $flags < <(
     echo "d$depth-hypersphere --depth $depth --norm hypersphere"
   done
 )
-draw benchmark/plot_crl_deep.py table2 --runs "table2-$SCALE-*"
+draw benchmark/crl_deep/plot.py table2 --runs "table2-$SCALE-*"

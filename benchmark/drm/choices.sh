@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ours: what paper and code leave open: the paper's "all parameters", one draw for critic and target, the actor alone; a
 # unit at the threshold counted or not.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 drm_tiers hopper-hop
 sweep drm.py drm "$envs" "$seeds" $flags < <(
@@ -11,5 +11,5 @@ sweep drm.py drm "$envs" "$seeds" $flags < <(
   echo "same-draw-for-target --perturb-target same"
   echo "not-strict --no-dormant-strict"
 )
-draw benchmark/plot_drm.py curves --runs "drm-$SCALE-*" --envs $envs \
+draw benchmark/drm/plot.py curves --runs "drm-$SCALE-*" --envs $envs \
   --arms drm perturb-all perturb-actor same-draw-for-target not-strict --tags return drm/dormant_ratio

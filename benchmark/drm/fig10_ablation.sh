@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 10: each mechanism taken out, and all three; then what the reviewers asked for: noise that never follows the decay, a
 # fixed perturb factor, a constant lambda. The paper ablates on Adroit; here it is Hopper Hop.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 drm_tiers hopper-hop
 sweep drm.py drm "$envs" "$seeds" $flags < <(
@@ -14,6 +14,6 @@ sweep drm.py drm "$envs" "$seeds" $flags < <(
   echo "fixed-factor --min-perturb-factor 0.9 --max-perturb-factor 0.9"
   echo "constant-lambda --lambda-type constant"
 )
-draw benchmark/plot_drm.py curves --runs "drm-$SCALE-*" --envs $envs \
+draw benchmark/drm/plot.py curves --runs "drm-$SCALE-*" --envs $envs \
   --arms drm no-perturbation no-awakening no-exploitation drqv2 noise-by-ratio-alone fixed-factor constant-lambda \
   --tags return drm/dormant_ratio

@@ -1,7 +1,7 @@
 """Times one gradient step of drm.py beside the official DrM's, and compares their numbers.
 
     git clone https://github.com/XuGW-Kevin/DrM
-    python benchmark/drm_peer.py DrM --out runs/figures/drm_peer
+    python benchmark/drm/peer.py DrM --out runs/figures/drm_peer
 
 All get the same weights, batch and random numbers, each in a process of its own, and take turns: dormant ratio, critic
 loss, actor loss and V's loss are printed. Beside them DrQ-v2's update, as adaptive_rr.py has it: what DrM's parts cost.
@@ -14,22 +14,30 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import drqv2_plasticity_peer as peer
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import adaptive_rr as rr
 import drm
+
+
+def load_module(name: str, path: Path):
+    """A module by its path: another peer.py, and the official module, which is called drm, too."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+peer = load_module("drqv2_plasticity_peer", Path(__file__).resolve().parents[1] / "drqv2_plasticity" / "peer.py")
 
 STEP, ACTION_DIM = 3000, 4
 
 
 def load_official(folder: str, device: str):
-    """The official agent for Hopper Hop from a clone of its repository (its module is called drm, too)."""
+    """The official agent for Hopper Hop from a clone of its repository."""
     sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location("official_drm", Path(folder) / "agents" / "drm.py")
-    official = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(official)
+    official = load_module("official_drm", Path(folder) / "agents" / "drm.py")
     return official.DrMAgent(
         (9, 84, 84), (ACTION_DIM,), device, lr=1e-4, feature_dim=50, hidden_dim=1024, critic_target_tau=0.01,
         dormant_threshold=0.025, target_dormant_ratio=0.2, dormant_temp=10, target_lambda=0.6, lambda_temp=50,

@@ -1,11 +1,11 @@
 """Draws the figures of drm.py from the runs under runs/, offline.
 
-    python benchmark/plot_drm.py curves --runs "drm-smoke-*" --envs dm_control/hopper-hop-v0 --arms drm drqv2 \
+    python benchmark/drm/plot.py curves --runs "drm-smoke-*" --envs dm_control/hopper-hop-v0 --arms drm drqv2 \
         --tags return drm/dormant_ratio --out runs/figures/drm
-    python benchmark/plot_drm.py behaviour --runs "drm-smoke-film" --envs dm_control/hopper-hop-v0 --arms film \
+    python benchmark/drm/plot.py behaviour --runs "drm-smoke-film" --envs dm_control/hopper-hop-v0 --arms film \
         --out runs/figures/behaviour
 
-KIND is curves (as in plot_drqv2_plasticity.py), aggregate (Fig. 1: interquartile mean of the returns over runs x tasks,
+KIND is curves (as in drqv2_plasticity/plot.py), aggregate (Fig. 1: interquartile mean of the returns over runs x tasks,
 a line per arm) or behaviour (Fig. 2: dormant ratio and return of every seed of the first arm on the first task, and
 pictures from one seed's films of --capture-video, at evaluations spread over the run or --at chosen steps). Stars are
 DrQ-v2's published curves. Each figure is written as PNG with the CSV behind it.
@@ -13,11 +13,27 @@ DrQ-v2's published curves. Each figure is written as PNG with the CSV behind it.
 
 import argparse
 import math
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
-import plot_drqv2_plasticity as drq
 from moviepy import VideoFileClip
-from plotting import aligned, frames_unit, group, iqm, load_runs, panels, save, seeds_text, stratified_bootstrap
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plotting import (
+    aligned,
+    frames_unit,
+    group,
+    iqm,
+    load_module,
+    load_runs,
+    panels,
+    save,
+    seeds_text,
+    stratified_bootstrap,
+)
+
+drq = load_module("drqv2_plasticity/plot.py")
 
 STARS = "DrQ-v2's published curves, means of up to 10 seeds, its own n-step and batch on walker"
 # DrQ-v2's published curves: task -> [(million frames, mean return)]

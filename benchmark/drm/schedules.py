@@ -1,6 +1,6 @@
 """Figs. 3 and 4 of DrM: what the dormant ratio steers, drawn from drm.py's own functions; no training.
 
-python benchmark/drm_schedules.py --out runs/figures/drm_schedules      [drm.py's flags, as --dormant-temperature 0.05]
+python benchmark/drm/schedules.py --out runs/figures/drm_schedules      [drm.py's flags, as --dormant-temperature 0.05]
 """
 
 import argparse
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from plotting import panels, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plotting import panels, save
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import drm
 
 

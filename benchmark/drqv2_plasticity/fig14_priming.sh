@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 14: heavy priming: 100,000 gradient steps on the first 2000 transitions. Ruinous without augmentation, mostly
 # harmless with it. Which tasks is our guess.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 pixel_tiers "cheetah-run walker-run quadruped-run"
 [ "$SCALE" = smoke ] && priming=50 || priming=100000
@@ -11,5 +11,5 @@ sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "primed-augmentation --priming-gradient-steps $priming"
   echo "primed-plain --no-augmentation --priming-gradient-steps $priming"
 )
-draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain primed-augmentation primed-plain \
+draw benchmark/drqv2_plasticity/plot.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain primed-augmentation primed-plain \
   --tags return fau/critic

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 17: Fig. 6 on six more tasks. Which ones, and that the tasks of 1M frames switch after a third, too, is our guess.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 pixel_tiers "hopper-hop reacher-hard quadruped-walk"
 switches() { # switches "ENVS" STEP
@@ -17,5 +17,5 @@ if [ "$SCALE" = paper ]; then
   switches "$easy" 167000
   envs="$envs $easy"
 fi
-draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain switch-on switch-off \
+draw benchmark/drqv2_plasticity/plot.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain switch-on switch-off \
   --tags return

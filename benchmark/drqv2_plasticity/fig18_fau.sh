@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Fig. 18: Fig. 3 on Walker Stand, Walker Walk, Walker Run and Reacher Hard.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 pixel_tiers "walker-stand walker-walk walker-run reacher-hard"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "augmentation"
   echo "plain --no-augmentation"
 )
-draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain \
+draw benchmark/drqv2_plasticity/plot.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain \
   --tags return fau/encoder fau/actor fau/critic

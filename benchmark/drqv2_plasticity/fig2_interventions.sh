@@ -3,7 +3,7 @@
 # Expect, at paper scale: augmentation 891, layer norm 655, CReLU 429, shrink-and-perturb 312, L2-Init 301, spectral norm
 # 254, weight decay 241, none about 270. What the paper leaves open is our choice, see the help of the flags; the bars show the
 # critic's metrics, the paper does not say whose its are.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 pixel_tiers "cheetah-run"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
@@ -17,6 +17,6 @@ sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "spectral-norm-trunk --no-augmentation --spectral-norm trunk"
   echo "weight-decay --no-augmentation --weight-decay 1e-5"
 )
-draw benchmark/plot_drqv2_plasticity.py bars --runs "drqv2-$SCALE-*" --envs $envs \
+draw benchmark/drqv2_plasticity/plot.py bars --runs "drqv2-$SCALE-*" --envs $envs \
   --arms augmentation plain layer-norm crelu shrink-perturb l2-init spectral-norm spectral-norm-trunk weight-decay \
   --tags return feature_rank/critic weight_norm/critic fau/critic

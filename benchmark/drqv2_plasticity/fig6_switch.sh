@@ -2,7 +2,7 @@
 # Fig. 6: augmentation switched on or off after a third of the training (1M frames). Expect, at paper scale, at 3M frames,
 # always / before only / never / after only: Cheetah 880, 865, 270, 275; Walker 757, 760, 165, 230; Quadruped 640, 555, 250,
 # 300. So early augmentation is what counts.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 pixel_tiers "cheetah-run walker-run quadruped-run"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
@@ -11,5 +11,5 @@ sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "switch-on --no-augmentation --augmentation-switch-step $third"
   echo "switch-off --augmentation-switch-step $third"
 )
-draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain switch-on switch-off \
+draw benchmark/drqv2_plasticity/plot.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain switch-on switch-off \
   --tags return fau/critic

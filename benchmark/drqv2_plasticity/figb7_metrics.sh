@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Appendix B.7: weight norm and feature rank of encoder, actor and critic with and without augmentation (definitions: ours).
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 pixel_tiers "walker-stand quadruped-run"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(
   echo "augmentation"
   echo "plain --no-augmentation"
 )
-draw benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain \
+draw benchmark/drqv2_plasticity/plot.py curves --runs "drqv2-$SCALE-*" --envs $envs --arms augmentation plain \
   --tags return weight_norm/encoder weight_norm/actor weight_norm/critic \
   feature_rank/encoder feature_rank/actor feature_rank/critic dormant_ratio_tau0.025/critic

@@ -1,7 +1,7 @@
 """Films one evaluation episode of a run of drqv2_plasticity.py, adaptive_rr.py or drm.py, larger than the agent sees
 it, with no display needed.
 
-python benchmark/drqv2_plasticity_film.py runs/<run>            -> runs/<run>/episode.mp4
+python benchmark/drqv2_plasticity/film.py runs/<run>            -> runs/<run>/episode.mp4
 """
 
 import importlib
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from moviepy import ImageSequenceClip
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def film(run_dir: Path, size: int = 336, max_steps: int = 1000) -> Path:
@@ -45,6 +45,6 @@ def film(run_dir: Path, size: int = 336, max_steps: int = 1000) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "checkpoint.pt").exists():
-        print("usage: python benchmark/drqv2_plasticity_film.py RUN_DIR (with a checkpoint.pt)", file=sys.stderr)
+        print("usage: python benchmark/drqv2_plasticity/film.py RUN_DIR (with a checkpoint.pt)", file=sys.stderr)
         raise SystemExit(2)
     print(film(Path(sys.argv[1])))

@@ -1,7 +1,7 @@
 """Times one gradient step of drqv2_plasticity.py beside the official DrQ-v2's, and compares their numbers.
 
     git clone https://github.com/facebookresearch/drqv2
-    python benchmark/drqv2_plasticity_peer.py drqv2 --out runs/figures/drqv2_peer
+    python benchmark/drqv2_plasticity/peer.py drqv2 --out runs/figures/drqv2_peer
 
 All get the same weights, batch and random numbers, each in a process of its own (ours keeps the memory that it frees),
 and take turns. Official: agent.update on a batch of NumPy arrays, augmentation and metrics included; ours: random_shift
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import drqv2_plasticity as drq
 
 STDDEV, ACTION_DIM = 0.5, 6

@@ -1,6 +1,6 @@
 """Draws the figures of drqv2_plasticity.py from the runs under runs/, offline.
 
-    python benchmark/plot_drqv2_plasticity.py curves --runs "drqv2-smoke-*" --envs dm_control/walker-run-v0 \
+    python benchmark/drqv2_plasticity/plot.py curves --runs "drqv2-smoke-*" --envs dm_control/walker-run-v0 \
         --arms augmentation plain --tags return fau/critic --out runs/figures/fig3
 
 KIND is curves (a row of panels per task, a column per tag, a line per arm), bars (the last returns, and the curves of
@@ -11,7 +11,10 @@ injections. Each figure is written as PNG with the CSV behind it; --csv draws cu
 """
 
 import argparse
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import aligned, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
 
 LABELS = {"plain": "no augmentation"}

@@ -2,7 +2,7 @@
 # Ours: ReDo and DQN at replay ratio 1 on a CPU: 100,000 steps, exploration for 45,000 steps instead of 250,000, learning
 # after 5,000 instead of 20,000, no padding (CleanRL's network), bfloat16.
 # SCALE=small: with WORKERS=2 OMP_NUM_THREADS=1 on two cores about 45 minutes for each of the two games. paper: 3 seeds.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/../common.sh"
 
 envs="ALE/DemonAttack-v5 ALE/RoadRunner-v5" seeds=1
 flags="--total-timesteps 100000 --learning-starts 5000 --exploration-steps 45000 --padding valid
@@ -14,4 +14,4 @@ sweep redo_dqn_atari.py redo_cpu "$envs" "$seeds" $flags --replay-ratio 1 < <(
   echo "dqn --method dqn"
   echo "redo --method redo"
 )
-draw benchmark/plot_redo_dqn_atari.py cpu --runs "redo_cpu-$SCALE-*"
+draw benchmark/redo_dqn_atari/plot.py cpu --runs "redo_cpu-$SCALE-*"

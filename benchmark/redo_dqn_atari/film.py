@@ -1,6 +1,6 @@
 """Films one evaluation episode of a redo_dqn_atari.py run, in colour, with no display needed.
 
-python benchmark/redo_dqn_atari_film.py runs/<run>            -> runs/<run>/episode.mp4, at the game's own speed
+python benchmark/redo_dqn_atari/film.py runs/<run>            -> runs/<run>/episode.mp4, at the game's own speed
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from moviepy import ImageSequenceClip
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import redo_dqn_atari as redo
 
 
@@ -45,7 +45,7 @@ def film(run_dir: Path, max_steps: int = 4500) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "checkpoint.pt").exists():
         print(
-            "usage: python benchmark/redo_dqn_atari_film.py RUN_DIR (with args.json and checkpoint.pt)", file=sys.stderr
+            "usage: python benchmark/redo_dqn_atari/film.py RUN_DIR (with args.json and checkpoint.pt)", file=sys.stderr
         )
         raise SystemExit(2)
     print(film(Path(sys.argv[1])))

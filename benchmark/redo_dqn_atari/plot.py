@@ -1,6 +1,6 @@
 """Draws the figures of redo_dqn_atari.py from the runs under runs/, offline.
 
-    python benchmark/plot_redo_dqn_atari.py fig1 --runs "redo_fig1-smoke-*" --out runs/figures/fig1
+    python benchmark/redo_dqn_atari/plot.py fig1 --runs "redo_fig1-smoke-*" --out runs/figures/fig1
 
 FIGURE is fig1, fig2, fig5, fig7, fig9, fig10a, fig10b, fig10c, fig11, fig12, fig13, fig16, fig21, fig24, table7, adam
 or cpu. Each is written as PNG with the CSV behind it. Returns are those of evaluations; aggregates are interquartile
@@ -10,8 +10,12 @@ bootstrap intervals over seeds. Stars are the paper's numbers, where it ends. A 
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import aligned, group, iqm, load_runs, mean_and_band, panels, save, seeds_text, stratified_bootstrap
 
 RETURN, RANK = "eval/episodic_return", "plasticity/feature_rank/dense"

@@ -1,13 +1,16 @@
 """Draws Fig. 3 of Sokar et al. from the runs of studies/redo_supervised.py under runs/, offline.
 
-    python benchmark/plot_redo_supervised.py --runs "redo_supervised-paper-*" --out runs/figures/redo_supervised
+    python benchmark/redo_dqn_atari/supervised_plot.py --runs "redo_supervised-paper-*" --out runs/figures/fig3
 
 Dormant neurons and training accuracy over epochs, mean and 95% bootstrap band over seeds: a PNG with the CSV behind it.
 """
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
 
 DORMANT, ACCURACY = "plasticity/dormant_ratio_tau0/all", "charts/accuracy"
