@@ -337,13 +337,13 @@ def test_a_sweep_from_command_to_picture(tmp_path):
     """Runs two trainings, draws, skips what is finished, resumes what was cut off, and fails when a run fails."""
     shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("results"))
     shutil.copy(ROOT / "crl_deep.py", tmp_path)
-    common = tmp_path / "benchmark" / "common.sh"
+    shared = tmp_path / "benchmark" / "crl_deep" / "runs.sh"
     tiny = (
         'SMOKE="--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 2 --batch-size 8 --width 16 '
         '--learning-starts 80 --total-timesteps 400 --buffer-size 400 --eval-episodes 3 --eval-every 80"\n'
     )
-    lines = [tiny if line.startswith("SMOKE=") else line for line in common.read_text().splitlines(keepends=True)]
-    common.write_text("".join(lines))
+    lines = [tiny if line.startswith("SMOKE=") else line for line in shared.read_text().splitlines(keepends=True)]
+    shared.write_text("".join(lines))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "SCALE": "smoke", "WORKERS": "2"}
 
@@ -377,17 +377,18 @@ def checkout(tmp_path):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     shutil.copytree(ROOT / "studies", tmp_path / "studies")
-    common = tmp_path / "benchmark" / "common.sh"
-    text = common.read_text()
+    shared = sorted(tmp_path.glob("benchmark/*/runs.sh"))
+    texts = [path.read_text() for path in shared]
     for old, new in (
         ("dm_control/%s-v0", "pixel_env:%s-v0"), ("tasks=cartpole-balance", "tasks=Dot"),
         ("tasks=hopper-hop", "tasks=Dot"), ("--image-size 36", "--image-size 24"),
         ("--total-timesteps 2000 --eval-every 2000", "--total-timesteps 300 --eval-every 300"),
         ("--total-timesteps 600", "--total-timesteps 300"), ("--eval-steps 100", "--eval-steps 10"),
     ):  # fmt: skip
-        assert old in text, old
-        text = text.replace(old, new)
-    common.write_text(text)
+        assert old in "".join(texts), old
+        texts = [text.replace(old, new) for text in texts]
+    for path, text in zip(shared, texts):
+        path.write_text(text)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def sweep(name, *arguments, **changes):

@@ -3,6 +3,7 @@
 # threshold of 0.005 instead of 50 and 0.001, 8000 steps. SCALE=small: two of the three runs took 40 minutes on two busy
 # cores, the one with replay ratio 2 throughout was not finished. paper: 3 seeds.
 source "$(dirname "$0")/../common.sh"
+source benchmark/adaptive_rr/runs.sh
 
 envs=dm_control/cartpole-balance-v0 seeds=1
 flags="--total-timesteps 8000 --image-size 48 --hidden-dim 256 --batch-size 64 --precision bfloat16 --eval-every 2000

@@ -3,6 +3,7 @@
 # scale, at 0.3 / 1 / 3M frames: 0.5 .415 / .453 / .382; 2 .338 / .300 / .221; adaptive .398 / .430 / .291. The paper's
 # five seeds switched at 0.55 to 1.2M frames.
 source "$(dirname "$0")/../common.sh"
+source benchmark/adaptive_rr/runs.sh
 
 ratio_tiers "quadruped-run"
 sweep adaptive_rr.py rr "$envs" "$seeds" $flags < <(

@@ -4,6 +4,7 @@
 # guess; these arms are run by drqv2_plasticity.py, which is the same agent to the bit. Those with neither are the runs of
 # Fig. 9.
 source "$(dirname "$0")/../common.sh"
+source benchmark/adaptive_rr/runs.sh
 
 ratio_tiers "cheetah-run walker-run quadruped-run"
 sweep adaptive_rr.py rr "$envs" "$seeds" $flags < <(

@@ -2,6 +2,7 @@
 # Fig. 10: phi(s, a) along one successful episode, first three principal components, shallow and deep.
 # Expect, at paper scale: depth 4 puts an episode on a clump, depth 64 spreads it on a curved surface.
 source "$(dirname "$0")/../common.sh"
+source benchmark/crl_deep/runs.sh
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 8" flags=$SMOKE ;;

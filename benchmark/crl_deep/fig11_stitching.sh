@@ -2,6 +2,7 @@
 # Fig. 11: training on start-goal pairs at most 3 cells apart, evaluated on goals 4 to 6 cells away.
 # Expect, at paper scale: depth 4 about 171, depth 16 about 240, depth 64 about 357 steps at the goal. Paper: 3 seeds.
 source "$(dirname "$0")/../common.sh"
+source benchmark/crl_deep/runs.sh
 
 case $SCALE in
   smoke) seeds=1 envs=point_u_maze_gen_1f2f3f depths="4 8" flags=$SMOKE ;;

@@ -3,6 +3,7 @@
 # Expect, at paper scale (150M steps): Humanoid U-Maze about 3 (depth 4), 33 (64), 62 (256), 85-110 (1024).
 # The paper's second panel, humanoid_big_maze, runs for 100M steps: about 0.1 (4), 6.2 (256), 4.8 (512).
 source "$(dirname "$0")/../common.sh"
+source benchmark/crl_deep/runs.sh
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 32" limit=16 flags=$SMOKE ;;

@@ -2,6 +2,7 @@
 # Fig. 17: mean L2 norm of every block's residual, at the end of training.
 # Expect, at paper scale: falling with the block's index in both encoders, less so in the actor.
 source "$(dirname "$0")/../common.sh"
+source benchmark/crl_deep/runs.sh
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="8 16" flags=$SMOKE ;;

@@ -2,6 +2,7 @@
 # Fig. 1 and Table 1: time at goal over environment steps for depth 4 to 64 (without the three arm panels).
 # Expect, at paper scale: deeper is better in all seven, 2 to 1000 times depth 4 at depth 64. Paper: 5 seeds.
 source "$(dirname "$0")/../common.sh"
+source benchmark/crl_deep/runs.sh
 
 case $SCALE in
   smoke) seeds="1 2" envs=point_room depths="4 8" flags=$SMOKE ;;

@@ -2,6 +2,7 @@
 # Fig. 6: the actor's depth times the critic's, on the final time at goal.
 # Expect, at paper scale: both help; in Ant Big Maze the actor more, in Humanoid the critic. Paper: 3 seeds.
 source "$(dirname "$0")/../common.sh"
+source benchmark/crl_deep/runs.sh
 
 depth_tiers
 sweep crl_deep.py fig6 "$envs" "$seeds" $flags < <(

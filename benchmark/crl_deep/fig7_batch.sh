@@ -2,6 +2,7 @@
 # Fig. 7: batch size times depth, on the final time at goal.
 # Expect, at paper scale: larger batches help deep networks, and do nothing for depth 4. Paper: 3 seeds.
 source "$(dirname "$0")/../common.sh"
+source benchmark/crl_deep/runs.sh
 
 case $SCALE in
   smoke) seeds=1 envs=point_room depths="4 8" batches="32 128" flags=$SMOKE ;;

@@ -2,6 +2,7 @@
 # Fig. 9: the critic over the U4 maze, shallow and deep.
 # Expect, at paper scale: depth 4 follows the straight line to the goal, depth 64 the corridor.
 source "$(dirname "$0")/../common.sh"
+source benchmark/crl_deep/runs.sh
 
 case $SCALE in
   smoke) seeds=1 envs=point_u4_maze depths="4 8" flags=$SMOKE ;;

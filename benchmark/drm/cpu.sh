@@ -3,6 +3,7 @@
 # pictures of 48 x 48, heads of 256 units, batches of 64, a perturbation every 6000 steps instead of 100,000, 16,000
 # steps. SCALE=small: three runs of 20 to 22 minutes, two at a time, on two cores with OMP_NUM_THREADS=1. paper: 3 seeds.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drm/runs.sh
 
 drm_tiers hopper-hop
 if [ "$SCALE" != smoke ]; then

@@ -2,6 +2,7 @@
 # Fig. 10: each mechanism taken out, and all three; then what the reviewers asked for: noise that never follows the decay, a
 # fixed perturb factor, a constant lambda. The paper ablates on Adroit; here it is Hopper Hop.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drm/runs.sh
 
 drm_tiers hopper-hop
 sweep drm.py drm "$envs" "$seeds" $flags < <(

@@ -3,6 +3,7 @@
 # the agent does. In the paper the ratio falls while the return is still near 0; DrQ-v2's published seeds differ much in
 # when they take off, hence 8 seeds.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drm/runs.sh
 
 drm_tiers hopper-hop
 [ "$SCALE" != smoke ] || flags="$flags --eval-every 500"

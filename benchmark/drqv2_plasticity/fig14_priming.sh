@@ -2,6 +2,7 @@
 # Fig. 14: heavy priming: 100,000 gradient steps on the first 2000 transitions. Ruinous without augmentation, mostly
 # harmless with it. Which tasks is our guess.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run quadruped-run"
 [ "$SCALE" = smoke ] && priming=50 || priming=100000

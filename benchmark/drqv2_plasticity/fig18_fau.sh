@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 18: Fig. 3 on Walker Stand, Walker Walk, Walker Run and Reacher Hard.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "walker-stand walker-walk walker-run reacher-hard"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(

@@ -3,6 +3,7 @@
 # The paper's 10 resets: 9 in effect, the tenth falls on the end of the run (5 on Quadruped Run, where 10 let it collapse:
 # 4). Trunks and heads are reset, as in the code of Nikishin et al.; their text says the last layers.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(reset_arms $steps 9)

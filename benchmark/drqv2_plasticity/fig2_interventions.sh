@@ -4,6 +4,7 @@
 # 254, weight decay 241, none about 270. What the paper leaves open is our choice, see the help of the flags; the bars show the
 # critic's metrics, the paper does not say whose its are.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(

@@ -7,6 +7,7 @@
 # seed 101 gave 0.546 against 0.476 at 22,500 steps; encoder 0.385 and 0.386 at 42,500.) What came: a spread of 0.045, so
 # three seeds cannot tell, see benchmark/README.md. paper: 5 seeds, 100,000 steps.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drqv2_plasticity/runs.sh
 
 envs=dm_control/walker-walk-v0 seeds="1 2 3" steps=30000
 [ "$SCALE" != paper ] || { seeds="1 2 3 4 5" steps=100000; }

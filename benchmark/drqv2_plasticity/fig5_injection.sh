@@ -3,6 +3,7 @@
 # runs that began without it. Expect, at paper scale, at 3M frames: without augmentation before, no injection 230, actor
 # 290, critic 635; with augmentation always, 757 to 772.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "walker-run"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(injection_arms)

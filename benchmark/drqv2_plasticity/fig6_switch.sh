@@ -3,6 +3,7 @@
 # always / before only / never / after only: Cheetah 880, 865, 270, 275; Walker 757, 760, 165, 230; Quadruped 640, 555, 250,
 # 300. So early augmentation is what counts.
 source "$(dirname "$0")/../common.sh"
+source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run quadruped-run"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(

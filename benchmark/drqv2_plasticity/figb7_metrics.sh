@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Appendix B.7: weight norm and feature rank of encoder, actor and critic with and without augmentation (definitions: ours).
 source "$(dirname "$0")/../common.sh"
+source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "walker-stand quadruped-run"
 sweep drqv2_plasticity.py drqv2 "$envs" "$seeds" $flags < <(

@@ -3,6 +3,7 @@
 # after 5,000 instead of 20,000, no padding (CleanRL's network), bfloat16.
 # SCALE=small: with WORKERS=2 OMP_NUM_THREADS=1 on two cores about 45 minutes for each of the two games. paper: 3 seeds.
 source "$(dirname "$0")/../common.sh"
+source benchmark/redo_dqn_atari/runs.sh
 
 envs="ALE/DemonAttack-v5 ALE/RoadRunner-v5" seeds=1
 flags="--total-timesteps 100000 --learning-starts 5000 --exploration-steps 45000 --padding valid

@@ -4,6 +4,7 @@
 # Officially ReDo ends at gradient step 2.5M (difference 9 in the script): of replay ratio 2's 4.96M the second half is
 # plain DQN there, here ReDo goes on. To end it, too, add --redo-end-gradient-steps 2500000 to the arm rr2-redo.
 source "$(dirname "$0")/../common.sh"
+source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES17" 2500000
 ratios="0.25 0.5 1 2"

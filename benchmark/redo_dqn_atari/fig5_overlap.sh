@@ -4,6 +4,7 @@
 # Asterix 46%, 49%, 27% at 0.55M, 79.5% at the end. Which earlier set the paper compares with is not known; the previous
 # look fits its curves best.
 source "$(dirname "$0")/../common.sh"
+source benchmark/redo_dqn_atari/runs.sh
 
 growth_runs
 draw benchmark/redo_dqn_atari/plot.py fig5 --runs "redo_fig2-$SCALE-*"
