@@ -221,7 +221,7 @@ class Robot(NamedTuple):
     goal_height: float = 0.0  # of a goal (x, y, z), m
 
 
-# Uniform random actions on the open floor, here and (in brackets) with Brax; more in benchmark/README.md
+# Uniform random actions on the open floor, here and (in brackets) with Brax; more in benchmark/crl_deep/README.md
 #            steps per fall   median height, m   median speed, m/s
 # ant         1,580 (1,803)      0.591 (0.586)       0.586 (0.839)   gear and physics step were chosen for this; with
 # humanoid       26   (102)      1.246 (1.221)       0.260 (0.295)   gymnasium's, 150 and 0.01 s, a fall per 108 steps

@@ -26,7 +26,7 @@ def sweep_name(path):
 
 
 IMPORT_NAMES = {"ale_py": "ale-py"}  # where they differ from the package's
-README = (ROOT / "README.md").read_text() + (ROOT / "benchmark" / "README.md").read_text()
+README = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("benchmark/**/README.md"))))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
