@@ -28,7 +28,7 @@ A training step: 62 steps in each of 512 environments, then 800 gradient steps (
     python crl_deep.py                        point mass in a room, 2 CPU cores, 1 minute: at least 90% of 24 goals
     python crl_deep.py --env-id point_u_maze  around a wall, 3 minutes: 1 to 3 of its 3 far goals, by seed
     python crl_deep.py --env-id ant_u4_maze --depth 16       Fig. 1, one GPU, hours; not run yet (paper: 140 steps)
-    SCALE=paper bash benchmark/crl_deep_fig1_depth.sh        all of Fig. 1, Table 1; the other figures: see README.md
+    SCALE=paper bash benchmark/crl_deep/fig1_depth.sh        all of Fig. 1, Table 1; the other figures: see README.md
 
 Differences from the official code (wang-kevin3290/scaling-crl), and the reasons for them:
  1. The paper prints f = +||phi - psi||; its code uses the negative, and so does this one.
@@ -222,7 +222,7 @@ class Robot(NamedTuple):
     goal_height: float = 0.0  # of a goal (x, y, z), m
 
 
-# Uniform random actions on the open floor, here and (in brackets) with Brax; more in benchmark/README.md
+# Uniform random actions on the open floor, here and (in brackets) with Brax; more in benchmark/crl_deep/README.md
 #            steps per fall   median height, m   median speed, m/s
 # ant         1,580 (1,803)      0.591 (0.586)       0.586 (0.839)   gear and physics step were chosen for this; with
 # humanoid       26   (102)      1.246 (1.221)       0.260 (0.295)   gymnasium's, 150 and 0.01 s, a fall per 108 steps

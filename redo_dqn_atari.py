@@ -24,10 +24,10 @@ The recycled neuron starts anew, and at tau = 0 the network's output does not ch
 The agent is DQN: act epsilon-greedily; every 4 steps do 4 x replay ratio gradient steps on       -> `train`, `update`
     Huber( q(o_t, a_t),  r_{t+1} + gamma max_a' q_target(o_{t+1}, a') )
 
-    SCALE=small bash benchmark/redo_dqn_atari_cpu.sh    DQN and ReDo for 100,000 steps on two CPU cores, 90 minutes:
+    SCALE=small bash benchmark/redo_dqn_atari/cpu.sh    DQN and ReDo for 100,000 steps on two CPU cores, 90 minutes:
                                                         ReDo leaves hardly a neuron dormant; returns show no difference
     python redo_dqn_atari.py                            ReDo at replay ratio 0.25, 10M steps: for a GPU, not run yet
-    SCALE=paper bash benchmark/redo_dqn_atari_fig1_headline.sh    Fig. 1 (paper, IQM over 17 games at replay ratio 1 and
+    SCALE=paper bash benchmark/redo_dqn_atari/fig1_headline.sh    Fig. 1 (paper, IQM over 17 games at replay ratio 1 and
                                                         10M frames: DQN 0.30, ReDo 0.625); others: see README.md
 
 Differences from the official code (google/dopamine, labs/redo), and the reasons for them:

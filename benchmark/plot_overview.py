@@ -1,4 +1,4 @@
-"""Draws the picture at the top of README.md from the CSVs under benchmark/results/.
+"""Draws the picture at the top of README.md from the CSVs of the scripts' results.
 
 python benchmark/plot_overview.py --out benchmark/results/overview
 """
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from plotting import panels, read_rows, save
 
-RESULTS = Path(__file__).resolve().parent / "results"
-# title, y axis, CSV, environment, tag, {arm: label}
+BENCHMARK = Path(__file__).resolve().parent
+# title, y axis, CSV (<script>_cpu_small), environment, tag, {arm: label}
 PANELS = (
     ("redo_dqn_atari.py: recycling dormant neurons\nRoadRunner, replay ratio 1", "dormant neurons (tau 0.1)",
      "redo_dqn_atari_cpu_small", "ALE/RoadRunner-v5", "plasticity/dormant_ratio_tau0.1/all",
@@ -28,7 +28,8 @@ def draw(out: str) -> None:
     figure, axes = panels(len(PANELS))
     rows = []
     for axis, (title, label, name, env_id, tag, arms) in zip(axes, PANELS):
-        table = [row for row in read_rows(RESULTS / f"{name}.csv") if (row["env_id"], row["tag"]) == (env_id, tag)]
+        table = read_rows(BENCHMARK / name.removesuffix("_cpu_small") / "results" / f"{name}.csv")
+        table = [row for row in table if (row["env_id"], row["tag"]) == (env_id, tag)]
         for arm, text in arms.items():
             points = [(row["frames"], row["mean"]) for row in table if row["arm"] == arm and row["seeds"] == 1]
             axis.plot(*zip(*[(frames / 1e3, value) for frames, value in points]), label=text, linewidth=1)

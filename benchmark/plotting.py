@@ -1,7 +1,9 @@
 """What every plotting script needs: runs read from their TensorBoard events, means with confidence bands, files."""
 
 import csv
+import importlib.util
 import json
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +17,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
                      "figure.dpi": 120, "savefig.bbox": "tight", "font.size": 9})  # fmt: skip
+
+
+def load_module(path: str):
+    """A module under benchmark/ by its path there, as drm/plot.py; every folder has modules of the same names."""
+    name = path.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
 
 
 @dataclass

@@ -3,5 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../install.sh"
 exp="quickstart-$(date +%s)"
 python crl_deep.py --exp-name "$exp" --save-model "$@"
-python benchmark/plot_crl_deep.py quickstart --runs "$exp" --out runs/figures/quickstart
+python benchmark/crl_deep/plot.py quickstart --runs "$exp" --out runs/figures/quickstart
 echo "look at runs/figures/quickstart.png"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # A sweep as a Slurm array job, one task per run:
-#   SCALE=paper bash benchmark/slurm.sh benchmark/drm_fig6_hard.sh [--dry-run] [options of sbatch, as --gres=gpu:1 --time=1-0]
+#   SCALE=paper bash benchmark/slurm.sh benchmark/drm/fig6_hard.sh [--dry-run] [options of sbatch, as --gres=gpu:1 --time=1-0]
 # Two minutes before its time is up a run saves and stops. Call the same line again: it submits what is not finished, and
-# resumes what was cut off. When all are done, the sweep itself (SCALE=paper bash benchmark/drm_fig6_hard.sh) draws.
+# resumes what was cut off. When all are done, the sweep itself (SCALE=paper bash benchmark/drm/fig6_hard.sh) draws.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 sweep=${1:-}
 [ -f "$sweep" ] || { echo "slurm.sh: error: $sweep is not a sweep" >&2; exit 2; }
 shift
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
-name=$(basename "$sweep" .sh)_${SCALE:-smoke}
+name=$(basename "$(dirname "$sweep")")_$(basename "$sweep" .sh)_${SCALE:-smoke}
 list=runs/slurm/$name.txt
 mkdir -p runs/slurm runs/logs
 commands=$(bash "$sweep" --dry-run)

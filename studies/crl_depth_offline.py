@@ -22,7 +22,7 @@ phi and psi are residual networks; "depth" counts the Dense layers inside their 
 There is no actor: the policy takes the best of 9 actions, argmax_a f(s, a, g), on the way to 128 goals.  -> `evaluate`
 
     python studies/crl_depth_offline.py --depth 32                 two minutes on one core; --depth 4: one
-    SCALE=paper bash benchmark/crl_depth_offline_fig8.sh           all depths; a second maze, a second set of data; as
+    SCALE=paper bash benchmark/crl_deep/depth_offline_fig8.sh      all depths; a second maze, a second set of data; as
                                                                    controls, wide networks and longer training
 What it shows is expressivity alone: smooth gains, no critical depth, and not the factors of 2 to 50 of Fig. 1. In the
 online loop of crl_deep.py we have found no effect of depth on this body: there, its agents fail at exploration.

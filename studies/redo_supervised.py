@@ -20,7 +20,7 @@ jumps, to 29, 41, 39 and 44%, falls a little after that, and ends at 32%.       
 ReDo (Algorithm 1), every 40 gradient steps (it is not in this figure):                                     -> `recycle`
     of every tau-dormant neuron: re-draw the incoming weights from the initial distribution, zero the outgoing ones
 
-    SCALE=paper bash benchmark/redo_supervised_fig3.sh              the figure, with ReDo: see benchmark/README.md
+    SCALE=paper bash benchmark/redo_dqn_atari/supervised_fig3.sh    the figure, with ReDo: see README.md beside it
     python studies/redo_supervised.py                               labels permuted among the images
     python studies/redo_supervised.py --targets relabelled --redo   labels permuted among the classes, with ReDo
 
@@ -30,7 +30,7 @@ cross-entropy. There is no public code for this figure; what we could not recove
     among the classes (--targets relabelled), so that they can be learned as well as before.
  2. The network: 3 x 3 convolutions with 32, 64 and 64 channels and a dense layer of 128 units, at learning rate 0.01,
     momentum 0.9 and batches of 256. Each convolution halves height and width, by its stride or by pooling afterwards
-    (--downsampling). What initial weights, the images' scale and the batch size change: see benchmark/README.md.
+    (--downsampling). What initial weights, the images' scale and the batch size change: see that README.md.
  3. The images: the first 10,000 training images of CIFAR-10, or of any other set of 10 classes (--data). Without --data
     it is Fashion-MNIST, if Debian's package dataset-fashion-mnist is installed, or else 10 blurred patterns.
  4. Scores are taken over the same 1000 images in every epoch, before the first and after each one.

@@ -32,7 +32,7 @@ times the 100th (less where eps counts). Does that matter? --redo-adam says what
 --redo-compat-flatten is another slip of the official code: the mask over the weights that read the last convolution is
 laid out channel by channel, but the features position by position, so almost only wrong weights become 0.
 
-    SCALE=small bash benchmark/redo_dqn_atari_adam_state.sh    all of these, and DQN, at replay ratio 1: for a GPU, not
+    SCALE=small bash benchmark/redo_dqn_atari/adam_state.sh    all of these, and DQN, at replay ratio 1: for a GPU, not
                                                                run yet
     python studies/redo_variants.py --redo-adam per-element    one run of 10M steps at replay ratio 0.25; without this
                                                                flag, it learns exactly what redo_dqn_atari.py learns

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium
+import plotting
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +19,12 @@ import crl_deep
 import drm
 import drqv2_plasticity
 import redo_dqn_atari
+
+
+def benchmark(path):
+    """A module under benchmark/ by its path there, as drm/plot.py: every folder has modules of the same names."""
+    return plotting.load_module(path)
+
 
 # Tiny runs: a few seconds each
 POINT = (

@@ -13,30 +13,25 @@ from pathlib import Path
 import helpers
 import mujoco
 import numpy as np
+import plot_overview
+import plotting
 import pytest
 import torch
 import torch.nn.functional as F
 from moviepy import VideoFileClip
 from torch.utils.tensorboard import SummaryWriter
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))
-import adaptive_rr_detector  # noqa: E402
-import crl_deep_peer  # noqa: E402
-import drm_schedules  # noqa: E402
-import plot_adaptive_rr as plot_rr  # noqa: E402
-import plot_crl_deep  # noqa: E402
-import plot_drm  # noqa: E402
-import plot_drqv2_plasticity as plot_drq  # noqa: E402
-import plot_overview  # noqa: E402
-import plot_redo_dqn_atari as plot_redo  # noqa: E402
-import plotting  # noqa: E402
+import adaptive_rr
+import crl_deep
+import drm
+import drqv2_plasticity
+import redo_dqn_atari
 
-import adaptive_rr  # noqa: E402
-import crl_deep  # noqa: E402
-import drm  # noqa: E402
-import drqv2_plasticity  # noqa: E402
-import redo_dqn_atari  # noqa: E402
+plot_crl_deep, crl_deep_peer = helpers.benchmark("crl_deep/plot.py"), helpers.benchmark("crl_deep/peer.py")
+plot_rr, rr_detector = helpers.benchmark("adaptive_rr/plot.py"), helpers.benchmark("adaptive_rr/detector.py")
+plot_drm, drm_schedules = helpers.benchmark("drm/plot.py"), helpers.benchmark("drm/schedules.py")
+plot_drq, plot_redo = helpers.benchmark("drqv2_plasticity/plot.py"), helpers.benchmark("redo_dqn_atari/plot.py")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_run(name, seed, values, tag="eval/time_at_goal_last5", every=10, folder="point_room", **changes):
@@ -213,17 +208,17 @@ def test_detectors_replayed_on_logged_runs():
     write_scalars(
         "runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__reference={30: 0.5}, plasticity__fau__critic=fau
     )
-    adaptive_rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
+    rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
     frames = {(row["check_episodes"], row["threshold"]): row["switch_frame"] for row in read_csv("out.csv")}
     # The checks after episodes 4 and 8 (steps 30 and 70) see 0.3 and 0.25, the one after episode 6 (step 50) too
     assert frames == {("2", "0.001"): "140", ("4", "0.001"): "220", ("2", "0.2"): "60", ("4", "0.2"): "60"}
     write_scalars("runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__switched={60: 0.0, 65: 1.0, 80: 1.0})
-    adaptive_rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
+    rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
     cut = {(row["check_episodes"], row["threshold"]): row["switch_frame"] for row in read_csv("out.csv")}
     assert cut == {("2", "0.001"): "nan", ("4", "0.001"): "nan", ("2", "0.2"): "60", ("4", "0.2"): "60"}
     write_run("rr-empty-static2", 1, [0.0])
     with pytest.raises(SystemExit, match="no run is long enough"):
-        adaptive_rr_detector.draw(plotting.load_runs("rr-empty-*"), [2], [0.1], "out")
+        rr_detector.draw(plotting.load_runs("rr-empty-*"), [2], [0.1], "out")
 
 
 def test_behaviour_shows_the_films_of_the_chosen_steps(monkeypatch):
@@ -323,7 +318,7 @@ def test_final_scores_by_depth_and_variant():
 
 
 def test_fig_4_gives_the_humanoid_the_papers_200_million_steps():
-    command = ["bash", "benchmark/crl_deep_fig4_width.sh", "--dry-run"]
+    command = ["bash", "benchmark/crl_deep/fig4_width.sh", "--dry-run"]
     sweep = subprocess.run(command, env=os.environ | {"SCALE": "paper"}, capture_output=True, text=True, cwd=ROOT)
     commands = [line for line in sweep.stdout.splitlines() if line.startswith("python crl_deep.py")]
     assert len(commands) == 2 * 9 * 3, sweep.stderr
@@ -342,18 +337,18 @@ def test_a_sweep_from_command_to_picture(tmp_path):
     """Runs two trainings, draws, skips what is finished, resumes what was cut off, and fails when a run fails."""
     shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("results"))
     shutil.copy(ROOT / "crl_deep.py", tmp_path)
-    common = tmp_path / "benchmark" / "common.sh"
+    shared = tmp_path / "benchmark" / "crl_deep" / "runs.sh"
     tiny = (
         'SMOKE="--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 2 --batch-size 8 --width 16 '
         '--learning-starts 80 --total-timesteps 400 --buffer-size 400 --eval-episodes 3 --eval-every 80"\n'
     )
-    lines = [tiny if line.startswith("SMOKE=") else line for line in common.read_text().splitlines(keepends=True)]
-    common.write_text("".join(lines))
+    lines = [tiny if line.startswith("SMOKE=") else line for line in shared.read_text().splitlines(keepends=True)]
+    shared.write_text("".join(lines))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "SCALE": "smoke", "WORKERS": "2"}
 
     def sweep():
-        command = ["bash", "benchmark/crl_deep_fig9_value_map.sh"]
+        command = ["bash", "benchmark/crl_deep/fig9_value_map.sh"]
         return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
 
     first = sweep()
@@ -382,17 +377,18 @@ def checkout(tmp_path):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     shutil.copytree(ROOT / "studies", tmp_path / "studies")
-    common = tmp_path / "benchmark" / "common.sh"
-    text = common.read_text()
+    shared = sorted(tmp_path.glob("benchmark/*/runs.sh"))
+    texts = [path.read_text() for path in shared]
     for old, new in (
         ("dm_control/%s-v0", "pixel_env:%s-v0"), ("tasks=cartpole-balance", "tasks=Dot"),
         ("tasks=hopper-hop", "tasks=Dot"), ("--image-size 36", "--image-size 24"),
         ("--total-timesteps 2000 --eval-every 2000", "--total-timesteps 300 --eval-every 300"),
         ("--total-timesteps 600", "--total-timesteps 300"), ("--eval-steps 100", "--eval-steps 10"),
     ):  # fmt: skip
-        assert old in text, old
-        text = text.replace(old, new)
-    common.write_text(text)
+        assert old in "".join(texts), old
+        texts = [text.replace(old, new) for text in texts]
+    for path, text in zip(shared, texts):
+        path.write_text(text)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def sweep(name, *arguments, **changes):
@@ -404,14 +400,15 @@ def checkout(tmp_path):
 
 
 @pytest.mark.parametrize("name, runs", [
-    ("redo_dqn_atari_fig9_redo", 2), ("drqv2_plasticity_fig3_fau", 2), ("adaptive_rr_fig9_returns", 3),
-    ("drm_fig2_hopper", 1), ("redo_supervised_fig3", 5), ("crl_depth_offline_fig8", 12),
+    ("redo_dqn_atari/fig9_redo", 2), ("drqv2_plasticity/fig3_fau", 2), ("adaptive_rr/fig9_returns", 3),
+    ("drm/fig2_hopper", 1), ("redo_dqn_atari/supervised_fig3", 5), ("crl_deep/depth_offline_fig8", 12),
 ])  # fmt: skip
 def test_a_sweep_of_every_other_script(name, runs, checkout, tmp_path):
     done = checkout(name)
     assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in tmp_path.glob("runs/logs/*"))
     assert f"of {runs} runs 0 were finished before, {runs} are now, 0 failed" in done.stdout
-    figure = tmp_path / "runs" / "figures" / f"{name}_smoke"
+    studies = {"supervised_fig3": "redo_supervised_fig3", "depth_offline_fig8": "crl_depth_offline_fig8"}
+    figure = tmp_path / "runs" / "figures" / f"{studies.get(Path(name).name, name.replace('/', '_'))}_smoke"
     assert figure.with_suffix(".png").stat().st_size > 5000 and len(read_csv(figure.with_suffix(".csv"))) > 1
 
 
@@ -426,13 +423,13 @@ for i in $(seq ${array%-*} ${array#*-}); do SLURM_ARRAY_TASK_ID=$i bash -c "$com
 """)
     (stub / "sbatch").chmod(0o755)
     path = f"{stub}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    name = "benchmark/drqv2_plasticity_fig3_fau.sh"
+    name = "benchmark/drqv2_plasticity/fig3_fau.sh"
     first = checkout("slurm", name, "--time=1", PATH=path)
     assert first.returncode == 0, first.stderr
     submitted = (tmp_path / "sbatch-arguments").read_text().splitlines()
     assert {"--array=1-2", "--time=1", "--signal=B:TERM@120"} <= set(submitted)
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 2
-    assert "of 2 runs 2 were finished before" in checkout("drqv2_plasticity_fig3_fau").stdout
+    assert "of 2 runs 2 were finished before" in checkout("drqv2_plasticity/fig3_fau").stdout
     assert "all runs of drqv2_plasticity_fig3_fau_smoke are finished" in checkout("slurm", name, PATH=path).stdout
     (cut_off,) = tmp_path.glob("runs/*plain*/summary.json")
     cut_off.unlink()
@@ -445,8 +442,7 @@ for i in $(seq ${array%-*} ${array#*-}); do SLURM_ARRAY_TASK_ID=$i bash -c "$com
 
 def test_film(monkeypatch, capsys):
     """A run's episode as a video of the right length that shows something; one line where EGL is missing."""
-    import crl_deep_film
-
+    crl_deep_film = helpers.benchmark("crl_deep/film.py")
     flags = (
         "--num-envs 4 --episode-length 20 --unroll-length 10 --gradient-steps 2 --batch-size 8 --width 16 "
         "--learning-starts 80 --total-timesteps 200 --buffer-size 200 --eval-episodes 3"
@@ -514,10 +510,9 @@ def test_the_peer_gives_both_sides_the_same_weights(monkeypatch):
 
 
 def test_film_of_a_game():
-    import redo_dqn_atari_film
-
+    redo_film = helpers.benchmark("redo_dqn_atari/film.py")
     run_dir = helpers.run(redo_dqn_atari, *helpers.ATARI)
-    with VideoFileClip(str(redo_dqn_atari_film.film(run_dir))) as clip:
+    with VideoFileClip(str(redo_film.film(run_dir))) as clip:
         assert clip.size == [320, 420] and clip.duration == pytest.approx(50 / 15, abs=0.1)
         first, last = clip.get_frame(0), clip.get_frame(3)
     assert first.std() > 10 and (first != last).any()
@@ -527,10 +522,9 @@ def test_film_of_a_game():
 
 @pytest.mark.parametrize("script", [drqv2_plasticity, adaptive_rr, drm], ids=lambda script: script.SCRIPT)
 def test_film_of_pixels(script):
-    import drqv2_plasticity_film
-
+    drq_film = helpers.benchmark("drqv2_plasticity/film.py")
     injection = ["--injection", "critic", "--injection-step", 60] * (script is drqv2_plasticity)
     run_dir = helpers.run(script, *helpers.TINY[script], *injection)
-    with VideoFileClip(str(drqv2_plasticity_film.film(run_dir, 64))) as clip:
+    with VideoFileClip(str(drq_film.film(run_dir, 64))) as clip:
         assert clip.size == [64, 64] and clip.duration == pytest.approx(20 / 25, abs=0.1)
         assert clip.get_frame(0).std() > 10 and (clip.get_frame(0) != clip.get_frame(0.7)).any()

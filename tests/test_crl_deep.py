@@ -3,11 +3,10 @@
 import copy
 import math
 import re
-import sys
 from collections import deque
 from functools import partial
-from pathlib import Path
 
+import helpers
 import mujoco
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ import torch
 import crl_deep as crl
 from crl_deep import Args, MujocoEnvs, Replay, contrastive_loss, future_offset
 
-sys.path.insert(0, str(Path(crl.__file__).parent / "benchmark"))
-import crl_deep_looks as looks  # noqa: E402
+looks = helpers.benchmark("crl_deep/looks.py")
 
 
 def small_args(**changes):

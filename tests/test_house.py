@@ -19,9 +19,16 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted(ROOT.glob("studies/*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py")) + STUDIES
-SWEEPS = sorted(path for path in (ROOT / "benchmark").glob("*_*.sh"))
+SWEEPS = sorted(path for path in (ROOT / "benchmark").glob("*/*.sh") if path.name != "runs.sh")
+
+
+def sweep_name(path):
+    """As <script>/<sweep>.sh, its path under benchmark/."""
+    return f"{path.parent.name}/{path.name}"
+
+
 IMPORT_NAMES = {"ale_py": "ale-py"}  # where they differ from the package's
-README = (ROOT / "README.md").read_text() + (ROOT / "benchmark" / "README.md").read_text()
+README = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("benchmark/**/README.md"))))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -144,17 +151,18 @@ def test_every_flag_is_used_and_documented(script):
 
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SWEEPS, ids=sweep_name)
 def test_sweeps_print_their_commands(path, scale, tmp_path):
     shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("results"))
-    command = ["bash", f"benchmark/{path.name}", "--dry-run"]
+    command = ["bash", f"benchmark/{sweep_name(path)}", "--dry-run"]
     environment = os.environ | {"SCALE": scale}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     *runs, draw = done.stdout.splitlines()
     assert len(set(runs)) == len(runs) >= 1
     script = r"python (studies/)?\w+\.py( --env-id [\w/-]+)? --exp-name [\w.-]+ --seed \d+"
     assert all(re.match(script, line) for line in runs)
-    assert draw.startswith("python benchmark/plot_") and draw.endswith(f"{path.stem}_{scale}")
+    assert re.match(rf"python benchmark/{path.parent.name}/(\w+_)?plot\.py ", draw)
+    assert draw.endswith(f"{path.stem}_{scale}")
 
 
 def test_sweeps_refuse_what_they_do_not_know():
@@ -164,9 +172,9 @@ def test_sweeps_refuse_what_they_do_not_know():
         assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SWEEPS, ids=sweep_name)
 def test_sweeps_stand_in_the_figure_table(path):
-    assert path.name in README
+    assert sweep_name(path) in README
 
 
 def test_readmes_name_only_files_that_exist():
@@ -246,9 +254,9 @@ def tier_cell(path):
     return "; ".join(cells)
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SWEEPS, ids=sweep_name)
 def test_readme_says_what_the_tiers_need(path):
-    (row,) = re.findall(rf"^\| .*bash benchmark/{path.name}`.*\|$", README, re.M)
+    (row,) = re.findall(rf"^\| .*bash benchmark/{sweep_name(path)}`.*\|$", README, re.M)
     assert row.split("|")[-2].strip() == tier_cell(path.relative_to(ROOT))
 
 

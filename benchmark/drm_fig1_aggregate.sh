@@ -1,7 +1,0 @@
-#!/usr/bin/env bash
-# Fig. 1, its part for dm_control: the hard tasks together (the runs of Fig. 6). How the paper aggregates is not known to
-# us; here: the interquartile mean of the returns.
-source "$(dirname "$0")/common.sh"
-
-hard_runs
-draw benchmark/plot_drm.py aggregate --runs "drm-$SCALE-*" --envs $envs --arms drm drqv2

@@ -1,0 +1,225 @@
+"""Draws the figures of drqv2_plasticity.py from the runs under runs/, offline.
+
+    python benchmark/drqv2_plasticity/plot.py curves --runs "drqv2-smoke-*" --envs dm_control/walker-run-v0 \
+        --arms augmentation plain --tags return fau/critic --out runs/figures/fig3
+
+KIND is curves (a row of panels per task, a column per tag, a line per arm), bars (the last returns, and the curves of
+the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations), a whole tag of
+"charts/" or "drm/", or what follows "plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95%
+bootstrap intervals over seeds; stars are values read from the paper's figures, dotted lines resets, perturbations and
+injections. Each figure is written as PNG with the CSV behind it; --csv draws curves from such a CSV instead of runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plotting import aligned, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
+
+LABELS = {"plain": "no augmentation"}
+STARS = "the paper, read from its figures"
+EVENTS = ("plasticity/reset", "plasticity/perturb_factor", "plasticity/injection")
+FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
+WALKER, QUADRUPED, CHEETAH = (f"dm_control/{task}-run-v0" for task in ("walker", "quadruped", "cheetah"))
+
+
+def at(*values) -> list:
+    return list(zip(FRAMES, values))
+
+
+# (task, tag, arm) -> [(million frames, value)]
+PAPER = {
+    (WALKER, "fau/critic", "augmentation"): at(0.379, 0.433, 0.452, 0.462, 0.447, 0.418),
+    (WALKER, "fau/critic", "plain"): at(0.331, 0.300, 0.283, 0.258, 0.214, 0.204),
+    (WALKER, "fau/encoder", "augmentation"): at(0.429, 0.425, 0.429, 0.427, 0.421, 0.417),
+    (WALKER, "fau/encoder", "plain"): at(0.412, 0.398, 0.392, 0.388, 0.378, 0.375),
+    (WALKER, "fau/actor", "augmentation"): at(0.35, 0.26, 0.19, 0.145, 0.121, 0.102),
+    (WALKER, "fau/actor", "plain"): at(0.46, 0.43, 0.40, 0.36, 0.31, 0.278),
+    (QUADRUPED, "fau/critic", "augmentation"): at(0.388, 0.415, 0.459, 0.453, 0.412, 0.382),
+    (QUADRUPED, "fau/critic", "rr2"): at(0.398, 0.338, 0.339, 0.300, 0.250, 0.221),
+    (QUADRUPED, "fau/actor", "augmentation"): at(0.44, 0.37, 0.26, 0.156, 0.117, 0.102),
+    (QUADRUPED, "fau/actor", "rr2"): at(0.29, 0.23, 0.19, 0.147, 0.126, 0.120),
+    (QUADRUPED, "fau/encoder", "rr2"): at(0.357, 0.342, 0.338, 0.347, 0.338, 0.338),
+    (QUADRUPED, "fau/encoder", "augmentation"): at(0.406, 0.377, 0.370, 0.339, 0.325, 0.328),
+    (WALKER, "return", "augmentation"): [(0.3, 230), (0.5, 391), (1, 624), (2, 716), (3, 755)],
+    (WALKER, "return", "plain"): [(0.3, 42), (0.5, 54), (1, 85), (2, 104), (3, 167)],
+    (WALKER, "return", "switch-on"): [(3, 230)], (WALKER, "return", "switch-off"): [(3, 760)],
+    (WALKER, "return", "switch-on-inject-actor"): [(3, 290)],
+    (WALKER, "return", "switch-on-inject-critic"): [(2, 450), (3, 635)],
+    (WALKER, "return", "augmentation-inject-actor"): [(3, 770)],
+    (WALKER, "return", "augmentation-inject-critic"): [(3, 772)],
+    (WALKER, "return", "rr2"): [(2, 709)],
+    (CHEETAH, "return", "augmentation"): [(2, 828), (3, 880)], (CHEETAH, "return", "plain"): [(3, 270)],
+    (CHEETAH, "return", "switch-on"): [(3, 275)], (CHEETAH, "return", "switch-off"): [(3, 865)],
+    (CHEETAH, "return", "rr2"): [(2, 793)], (CHEETAH, "return", "layer-norm"): [(3, 655)],
+    (CHEETAH, "return", "crelu"): [(3, 429)], (CHEETAH, "return", "shrink-perturb"): [(3, 312)],
+    (CHEETAH, "return", "l2-init"): [(3, 301)], (CHEETAH, "return", "spectral-norm"): [(3, 254)],
+    (CHEETAH, "return", "weight-decay"): [(3, 241)],
+    (QUADRUPED, "return", "augmentation"): [(2, 579), (3, 640)], (QUADRUPED, "return", "plain"): [(3, 250)],
+    (QUADRUPED, "return", "switch-on"): [(3, 300)], (QUADRUPED, "return", "switch-off"): [(3, 555)],
+    (QUADRUPED, "return", "rr2"): [(2, 420), (3, 440)],
+}  # fmt: skip
+
+
+def arm(run) -> str:
+    """drqv2-paper-switch-on -> switch-on."""
+    return run.args["exp_name"].split("-", 2)[2]
+
+
+def select(runs, envs, arms) -> list:
+    """The runs of these tasks and arms. SystemExit where there is none."""
+    chosen = [run for run in runs if run.args["env_id"] in envs and arm(run) in arms]
+    if not chosen:
+        raise SystemExit(f"error: no run of {' '.join(envs)} has one of the arms {' '.join(arms)}")
+    return chosen
+
+
+def colours(arms) -> dict:
+    """A colour for every arm: blue without augmentation, orange with it, the other ones the rest."""
+    fixed = {name: colour for name, colour in (("plain", "C0"), ("augmentation", "C1")) if name in arms}
+    free = (f"C{i}" for i in range(30) if f"C{i}" not in fixed.values())
+    return {name: fixed.get(name) or next(free) for name in arms}
+
+
+def full_tag(tag: str) -> str:
+    if tag.startswith(("charts/", "drm/")):
+        return tag
+    return "eval/episodic_return" if tag == "return" else f"plasticity/{tag}"
+
+
+def label_of(tag: str) -> str:
+    named = {"drm/dormant_ratio": "DrM's dormant ratio", "drm/stddev": "exploration noise", "drm/lambda": "lambda"}
+    for start, text in (("fau/", "active units, "), ("charts/", ""), ("dormant_ratio_tau", "dormant neurons, tau ")):
+        tag = text + tag.removeprefix(start) if tag.startswith(start) else tag
+    return named.get(tag, tag.replace("_", " ").replace("/", ", "))
+
+
+def rows_of(runs, tag, every_seed=False) -> list:
+    """Rows of the CSV for one tag on one task: our means and bands, the paper's values, when weights were changed."""
+    rows, env_id = [], runs[0].args["env_id"]
+    for name, seeds in group(runs, arm).items():
+        about = dict(env_id=env_id, arm=name, tag=tag)
+        for part in [[run] for run in seeds] if every_seed else [seeds]:
+            seed = part[0].args["seed"] if every_seed else ""
+            frames, values = aligned(part, full_tag(tag))
+            rows += [about | dict(seeds=len(part), seed=seed, frames=int(f), mean=m, low=lo, high=hi)
+                     for f, m, lo, hi in zip(frames, *mean_and_band(values))]  # fmt: skip
+        marks = [("paper", x * 1e6, y) for x, y in PAPER.get((env_id, tag, name), [])]
+        marks += [("event", frame, "") for event in EVENTS for frame in seeds[0].series(event)[0]]
+        rows += [about | dict(seeds=kind, seed="", frames=int(x), mean=y, low="", high="") for kind, x, y in marks]
+    return rows
+
+
+def draw_curves(axis, rows, arms) -> None:
+    """One tag on one task over frames, from rows of the CSV: a line per arm, and per seed where it is given."""
+    ours = [row for row in rows if row["seeds"] not in ("paper", "event")]
+    end = max((row["frames"] for row in ours), default=0)
+    size, unit = frames_unit(end)
+    for name in [name for name in arms if any(row["arm"] == name for row in ours)]:
+        color, label = colours(arms)[name], LABELS.get(name, name)
+        for seed in dict.fromkeys(row["seed"] for row in ours if row["arm"] == name):
+            line = [row for row in ours if (row["arm"], row["seed"]) == (name, seed)]
+            x, mean, low, high = zip(*((row["frames"] / size, row["mean"], row["low"], row["high"]) for row in line))
+            axis.plot(x, mean, color=color, label=label, linewidth=1)
+            axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            label = None
+        events = [row["frames"] for row in rows if (row["arm"], row["seeds"]) == (name, "event")]
+        for frame in events if len(events) <= 20 else ():
+            axis.axvline(frame / size, color=color, linestyle=":", linewidth=0.8)
+        near = [(row["frames"] / size, row["mean"]) for row in rows  # what lies beyond the runs stands in the CSV only
+                if (row["arm"], row["seeds"]) == (name, "paper") and row["frames"] <= 1.05 * end]  # fmt: skip
+        axis.plot([x for x, _ in near], [y for _, y in near], "*", color=color, ms=7)
+    counts = sorted({int(row["seeds"]) for row in ours}) if all(row["seed"] == "" for row in ours) else []
+    counts = counts or [len({row["seed"] for row in ours})]
+    seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    task, tag = rows[0]["env_id"].removeprefix("dm_control/").removesuffix("-v0"), rows[0]["tag"]
+    axis.set(title=f"{task}, {seeds}", xlabel=unit, ylabel=label_of(tag))
+    axis.locator_params(axis="x", nbins=4)
+    axis.legend(frameon=False, fontsize=6)
+
+
+def note_of(rows, stars=STARS) -> str:
+    """The footnote: what of all this the picture has."""
+    kinds = {row["seeds"] for row in rows}
+    notes = ["Returns: evaluations."] * any(row["tag"] == "return" for row in rows)
+    notes += ["Bands: 95% bootstrap intervals over seeds."] * any(kind not in (1, "paper", "event") for kind in kinds)
+    notes += [f"Stars: {stars}."] * ("paper" in kinds)
+    notes += ["Dotted: resets, perturbations, injections."] * ("event" in kinds)
+    jump = any("inject" in str(row["arm"]) and row["tag"] == "fau/critic" for row in rows)
+    notes += ["After an injection, only the new head counts as active or not: the FAU jumps."] * jump
+    return " ".join([*notes, "Axes need not start at 0."])
+
+
+def curves(rows, arms, out, stars=STARS) -> None:
+    """A panel per task and tag of the rows, tasks below each other where there are several tags."""
+    grouped = {}
+    for row in rows:
+        grouped.setdefault((row["env_id"], row["tag"]), []).append(row)
+    tags = len({tag for _, tag in grouped})
+    columns = tags if tags > 1 else min(3, len(grouped))
+    figure, axes = panels(len(grouped), columns=min(4, columns))
+    for axis, part in zip(axes, grouped.values()):
+        draw_curves(axis, part, arms)
+    save(figure, rows, out, note_of(rows, stars))
+
+
+def all_rows(runs, tags, every_seed=False) -> list:
+    tasks = group(runs, lambda run: run.args["env_id"]).values()
+    return [row for members in tasks for tag in tags for row in rows_of(members, tag, every_seed)]
+
+
+def bars(runs, arms, tags, out) -> None:
+    """Fig. 2: the last return of each arm on the first task, then its curves (Appendix B.3)."""
+    runs = group(runs, lambda run: run.args["env_id"])
+    env_id, runs = next(iter(runs.items()))
+    figure, axes = panels(1 + len(tags), columns=5)
+    rows = []
+    for name, seeds in group(runs, arm).items():
+        frames, values = aligned(seeds, full_tag("return"))
+        mean, low, high = (line[-1] for line in mean_and_band(values))
+        place = arms.index(name)
+        axes[0].barh(place, mean, xerr=[[mean - low], [high - mean]], color=colours(arms)[name])
+        paper = PAPER.get((env_id, "return", name), [])[-1:]
+        axes[0].plot([y for _, y in paper], [place] * len(paper), "k*", ms=7)
+        rows.append(dict(env_id=env_id, arm=name, tag="last return", seeds=len(seeds), seed="", frames=int(frames[-1]),
+                         mean=mean, low=low, high=high))  # fmt: skip
+    axes[0].set_yticks(range(len(arms)), [LABELS.get(name, name) for name in arms])
+    axes[0].invert_yaxis()
+    axes[0].set(
+        title=f"{env_id.removeprefix('dm_control/')}, last return\nstars: the paper at 3M frames", xlabel="return"
+    )
+    for axis, tag in zip(axes[1:], tags):
+        part = rows_of(runs, tag)
+        draw_curves(axis, part, arms)
+        axis.get_legend().remove()  # the bars have the lines' colours
+        rows += part
+    save(figure, rows, out, note_of(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("curves", "bars", "seeds"))
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--runs", help="a shell pattern of --exp-name")
+    source.add_argument("--csv", help="a CSV of curves to draw again")
+    parser.add_argument("--envs", nargs="+", default=[], help="the tasks")
+    parser.add_argument(
+        "--arms", nargs="+", required=True, help="the lines, in this order; those without runs are left out"
+    )
+    parser.add_argument("--tags", nargs="+", default=["return"], help="the panels")
+    parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
+    parser.add_argument("--folder", default="runs", help="the folder of the runs")
+    a = parser.parse_args()
+    if a.csv:
+        curves(read_rows(a.csv), a.arms, a.out)
+        return
+    runs = select(load_runs(a.runs, a.folder), a.envs, a.arms)
+    if a.kind == "bars":
+        bars(runs, a.arms, a.tags, a.out)
+    else:
+        curves(all_rows(runs, a.tags, a.kind == "seeds"), a.arms, a.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Fig. 10b: as Fig. 10a, with 3-step returns.
+# Expect, at paper scale: DQN 0.655, 0.69, 0.555, 0.345; ReDo 0.69, 0.725, 0.727, 0.565.
+# Officially ReDo ends at gradient step 2.5M (difference 9 in the script): of replay ratio 2's 4.96M the second half is
+# plain DQN there, here ReDo goes on. To end it, too, add --redo-end-gradient-steps 2500000 to the arm rr2-redo.
+source "$(dirname "$0")/../common.sh"
+source benchmark/redo_dqn_atari/runs.sh
+
+atari_tiers "$GAMES17" 2500000
+ratios="0.25 0.5 1 2"
+[ "$SCALE" = paper ] || ratios="0.25 1"
+flags="$flags --n-step 3"
+sweep redo_dqn_atari.py redo_fig10b "$envs" "$seeds" $flags < <(
+  for ratio in $ratios; do
+    echo "rr$ratio-dqn --method dqn --replay-ratio $ratio"
+    echo "rr$ratio-redo --method redo --replay-ratio $ratio"
+  done
+)
+draw benchmark/redo_dqn_atari/plot.py fig10b --runs "redo_fig10b-$SCALE-*"

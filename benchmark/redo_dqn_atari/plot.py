@@ -1,0 +1,226 @@
+"""Draws the figures of redo_dqn_atari.py from the runs under runs/, offline.
+
+    python benchmark/redo_dqn_atari/plot.py fig1 --runs "redo_fig1-smoke-*" --out runs/figures/fig1
+
+FIGURE is fig1, fig2, fig5, fig7, fig9, fig10a, fig10b, fig10c, fig11, fig12, fig13, fig16, fig21, fig24, table7, adam
+or cpu. Each is written as PNG with the CSV behind it. Returns are those of evaluations; aggregates are interquartile
+means (IQM) of human-normalised scores over runs x games, with 95% stratified bootstrap intervals; other bands are 95%
+bootstrap intervals over seeds. Stars are the paper's numbers, where it ends. A run's line is named by the end of its
+--exp-name.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plotting import aligned, group, iqm, load_runs, mean_and_band, panels, save, seeds_text, stratified_bootstrap
+
+RETURN, RANK = "eval/episodic_return", "plasticity/feature_rank/dense"
+DORMANT = "plasticity/dormant_ratio_tau{}/all"
+NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
+LABELS = {RETURN: "return", RANK: "feature rank, dense"}
+PREFIXES = {"plasticity/dormant_ratio_tau": "dormant neurons, tau ", "plasticity/overlap_": "overlap, "}
+
+# Scores of a random policy and of a human, for the paper's 17 games
+HUMAN_NORMALISATION = {
+    "Asterix": (210.0, 8503.3), "BeamRider": (363.9, 16926.5), "Breakout": (1.7, 30.5), "DemonAttack": (152.1, 1971.0),
+    "DoubleDunk": (-18.6, -16.4), "Enduro": (0, 860.5), "IceHockey": (-11.2, 0.9), "Jamesbond": (29.0, 302.8),
+    "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6), "Qbert": (163.9, 13455.0), "RoadRunner": (11.5, 7845.0),
+    "Seaquest": (68.4, 42054.7), "SpaceInvaders": (148.0, 1668.7), "WizardOfWor": (563.5, 4756.5),
+    "YarsRevenge": (3092.9, 54576.9), "Zaxxon": (32.5, 9173.3),
+}  # fmt: skip
+
+# The paper's numbers at the end of its runs, read from its figures
+PAPER_FIG1 = {"dqn": 0.30, "redo": 0.625, "reset": 0.325, "weight-decay": 0.415}
+PAPER_FIG2 = {"ALE/DemonAttack-v5": {"dqn": 0.26}, "ALE/Asterix-v5": {"dqn": 0.30}}
+PAPER_FIG5 = {"ALE/DemonAttack-v5": {"dqn": 0.68}, "ALE/Asterix-v5": {"dqn": 0.795}}
+PAPER_FIG7 = (dict(zip(("rr0.25", "rr0.5", "rr1", "rr2"), (0.09, 0.23, 0.38, 0.48))),
+              dict(zip(("rr0.25", "rr0.5", "rr1", "rr2"), (3650, 2380, 1350, 740))))  # fmt: skip
+PAPER_FIG9 = {"dqn": 0.28, "redo": 0.0175}, {"dqn": 4350, "redo": 7000}
+PAPER_FIG10 = {
+    "fig10a": {"dqn": (0.41, 0.475, 0.30, 0.09), "redo": (0.40, 0.575, 0.625, 0.54)},
+    "fig10b": {"dqn": (0.655, 0.69, 0.555, 0.345), "redo": (0.69, 0.725, 0.727, 0.565)},
+    "fig10c": {"dqn": (0.79, 0.78, 0.51, 0.22), "redo": (0.83, 1.0, 0.84, 0.53)},
+}
+PAPER_FIG11 = {"dqn": 0.30, "redo": 0.625}, {"dqn": 0.47, "dqn-lr4": 0.40, "redo": 0.10}
+PAPER_FIG12 = ({"x1-dqn": 0.30, "x2-dqn": 0.375, "x4-dqn": 0.33, "x1-redo": 0.625, "x2-redo": 0.695, "x4-redo": 0.71},
+               {"x1-dqn": 0.47, "x2-dqn": 0.52, "x4-dqn": 0.55, "x1-redo": 0.115})  # fmt: skip
+PAPER_TABLE7 = {"dqn": 449.2, "redo": 470.8}
+PAPER_FIG13 = {"dqn": 690, "redo": 4580, "reset": 2950, "weight-decay": 1210}
+
+
+def arm(run) -> str:
+    """redo_fig1-paper-weight-decay -> weight-decay."""
+    return run.args["exp_name"].split("-", 2)[2]
+
+
+def normalised(run_returns: np.ndarray, env_id: str) -> np.ndarray:
+    """Human-normalised scores: 0 a random policy, 1 a human. KeyError for games that are not in the paper."""
+    low, high = HUMAN_NORMALISATION[env_id.removeprefix("ALE/").removesuffix("-v5")]
+    return (run_returns - low) / (high - low)
+
+
+def label_of(tag: str) -> str:
+    for start, text in (
+        ("plasticity/dormant_ratio_tau", "dormant neurons, tau "),
+        ("plasticity/overlap_", "overlap, "),
+    ):
+        if tag.startswith(start):
+            return text + tag.removeprefix(start).removesuffix("/all").replace("/", ", ")
+    return LABELS.get(tag, tag)
+
+
+def draw_line(axis, x, mean, low, high, name, i, star=None) -> None:
+    axis.plot(x, mean, color=f"C{i}", label=name)
+    axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+    if star is not None:
+        axis.plot(1.02, star, "*", color=f"C{i}", ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
+
+
+def finish(axis, title, ylabel, x="million frames") -> None:
+    axis.set(title=title, xlabel=x, ylabel=ylabel)
+    if axis.get_xscale() == "linear":
+        axis.locator_params(axis="x", nbins=4)
+    axis.legend(frameon=False, fontsize=7)
+
+
+def draw_curves(axis, runs, tag, paper=None, against_gradient_steps=False) -> list:
+    """One tag over million frames, or over million gradient steps, a line per arm -> rows of the CSV."""
+    rows, unit = [], "million gradient steps" if against_gradient_steps else "million frames"
+    arms = group(runs, arm)
+    for i, (name, seeds) in enumerate(arms.items()):
+        frames, values = aligned(seeds, tag)
+        if not len(frames):
+            continue
+        x = np.interp(frames, *seeds[0].series("charts/gradient_steps")) if against_gradient_steps else frames
+        mean, low, high = mean_and_band(values)
+        draw_line(axis, x / 1e6, mean, low, high, name, i, (paper or {}).get(name))
+        rows += [
+            dict(env_id=seeds[0].args["env_id"], arm=name, tag=tag, seeds=len(seeds), frames=int(f), x=a, mean=m,
+                 low=lo, high=hi, paper=(paper or {}).get(name))
+            for f, a, m, lo, hi in zip(frames, x / 1e6, mean, low, high)
+        ]  # fmt: skip
+    finish(axis, f"{runs[0].args['env_id']}\n{seeds_text(arms.values())}", label_of(tag), unit)
+    return rows
+
+
+def scores(runs) -> tuple:
+    """One arm's human-normalised evaluation scores -> frames (points,), list over games of (seeds, points)."""
+    games = [aligned(seeds, RETURN) + (env_id,) for env_id, seeds in group(runs, lambda r: r.args["env_id"]).items()]
+    points = min(len(frames) for frames, _, _ in games)
+    return games[0][0][:points], [normalised(values[:, :points], env_id) for _, values, env_id in games]
+
+
+def draw_aggregate(axis, runs, paper) -> list:
+    """IQM of the human-normalised score over frames, a line per arm -> rows of the CSV."""
+    rows, arms = [], group(runs, arm)
+    for i, (name, members) in enumerate(arms.items()):
+        frames, games = scores(members)
+        low, high = stratified_bootstrap(games, iqm)
+        mean = iqm(games)
+        draw_line(axis, frames / 1e6, mean, low, high, name, i, paper.get(name))
+        rows += [
+            dict(env_id=f"{len(games)} games", arm=name, tag="iqm", seeds=len(games[0]), frames=int(f), x=f / 1e6,
+                 mean=m, low=lo, high=hi, paper=paper.get(name))
+            for f, m, lo, hi in zip(frames, mean, low, high)
+        ]  # fmt: skip
+    games = len(group(runs, lambda run: run.args["env_id"]))
+    seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
+    finish(axis, f"{games} game{'s' * (games > 1)}, {seeds}", "IQM of human-normalised scores")
+    return rows
+
+
+def curves(runs, out, tags, papers=(), against_gradient_steps=False) -> None:
+    """A row per game, a column per tag. papers: per tag, arm -> number, or game -> arm -> number."""
+    games = group(runs, lambda run: run.args["env_id"])
+    figure, axes = panels(len(games) * len(tags), columns=len(tags))
+    rows = []
+    for row, (env_id, members) in enumerate(games.items()):
+        for column, tag in enumerate(tags):
+            paper = papers[column] if column < len(papers) else None
+            paper = paper.get(env_id, paper if len(games) == 1 else None) if paper else None
+            axis = axes[row * len(tags) + column]
+            rows += draw_curves(axis, members, tag, paper, against_gradient_steps)
+    save(figure, rows, out, NOTE)
+
+
+def headline(runs, out, paper, tag=None, tag_paper=None, env_id="ALE/DemonAttack-v5") -> None:
+    """The aggregate over frames, and one tag on one game beside it."""
+    figure, axes = panels(1 if tag is None else 2)
+    rows = draw_aggregate(axes[0], runs, paper)
+    if tag is not None:
+        rows += draw_curves(axes[1], [run for run in runs if run.args["env_id"] == env_id], tag, tag_paper)
+    save(figure, rows, out, NOTE)
+
+
+def by_replay_ratio(runs, out, paper) -> None:
+    """Fig. 10: the final IQM over the replay ratio, a line per method."""
+    figure, (axis,) = panels(1, width=4.2)
+    rows = []
+    for i, (method, members) in enumerate(group(runs, lambda run: run.args["method"]).items()):
+        ratios = group(members, lambda run: run.args["replay_ratio"])
+        points = []
+        for ratio, arm_runs in ratios.items():
+            frames, games = scores(arm_runs)
+            last = [game[:, -1:] for game in games]
+            low, high = stratified_bootstrap(last, iqm)
+            points.append((iqm(last)[0], low[0], high[0]))
+            known = dict(zip((0.25, 0.5, 1, 2), paper[method])).get(ratio)
+            rows.append(
+                dict(method=method, replay_ratio=ratio, games=len(games), seeds=len(games[0]), frames=int(frames[-1]),
+                     iqm=points[-1][0], low=low[0], high=high[0], paper=known)
+            )  # fmt: skip
+        mean, low, high = np.array(points).T
+        axis.plot(list(ratios), mean, "o-", color=f"C{i}", label=method)
+        axis.fill_between(list(ratios), low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+        axis.plot((0.25, 0.5, 1, 2), paper[method], "*", color=f"C{i}", ms=9)
+    axis.set_xscale("log", base=2)
+    ticks = (0.25, 0.5, 1, 2)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
+    finish(axis, f"{rows[0]['games']} game{'s' * (rows[0]['games'] > 1)}, {seeds}", "final IQM", "replay ratio")
+    save(figure, rows, out, NOTE)
+
+
+def demon_attack(runs) -> list:
+    return [run for run in runs if run.args["env_id"] == "ALE/DemonAttack-v5"]
+
+
+FIGURES = {
+    "fig1": lambda runs, out: headline(runs, out, PAPER_FIG1),
+    "fig2": lambda runs, out: curves(runs, out, [DORMANT.format(0)], [PAPER_FIG2], True),
+    "fig5": lambda runs, out: curves(runs, out, ["plasticity/overlap_previous/dense"], [PAPER_FIG5], True),
+    "fig7": lambda runs, out: curves(demon_attack(runs), out, [DORMANT.format(0), RETURN], PAPER_FIG7),
+    "fig9": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), RETURN], PAPER_FIG9),
+    "fig10a": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10["fig10a"]),
+    "fig10b": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10["fig10b"]),
+    "fig10c": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10["fig10c"]),
+    "fig11": lambda runs, out: headline(runs, out, PAPER_FIG11[0], DORMANT.format(0.1), PAPER_FIG11[1]),
+    "fig12": lambda runs, out: headline(runs, out, PAPER_FIG12[0], DORMANT.format(0.1), PAPER_FIG12[1]),
+    "fig13": lambda runs, out: headline(runs, out, PAPER_FIG1, RETURN, PAPER_FIG13),
+    "fig16": lambda runs, out: curves(runs, out, [DORMANT.format(0), RETURN]),
+    "fig21": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), DORMANT.format(0.1)]),
+    "fig24": lambda runs, out: curves(runs, out, [DORMANT.format(0.1)]),
+    "table7": lambda runs, out: curves(
+        [run for run in demon_attack(runs) if arm(run) in PAPER_TABLE7], out, [RANK], [PAPER_TABLE7]
+    ),
+    "adam": lambda runs, out: curves(runs, out, [DORMANT.format(0.1), DORMANT.format(0), RETURN]),
+    "cpu": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RANK, RETURN]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=FIGURES)
+    parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
+    parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
+    parser.add_argument("--folder", default="runs", help="the folder of the runs")
+    arguments = parser.parse_args()
+    FIGURES[arguments.figure](load_runs(arguments.runs, arguments.folder), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

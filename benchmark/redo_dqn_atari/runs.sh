@@ -1,0 +1,45 @@
+# Sourced by the sweeps of this folder, after ../common.sh.
+
+# The paper's 17 games, the five of its appendix (which five is our guess), and tiny runs, with
+# ATARI_SMOKE of studies/redo_variants.py, too
+GAMES17=$(printf "ALE/%s-v5 " Asterix BeamRider Breakout DemonAttack DoubleDunk Enduro IceHockey Jamesbond MsPacman Pong \
+  Qbert RoadRunner Seaquest SpaceInvaders WizardOfWor YarsRevenge Zaxxon)
+GAMES5=$(printf "ALE/%s-v5 " Asterix Breakout DemonAttack Seaquest SpaceInvaders)
+ATARI_SMOKE="--total-timesteps 600 --learning-starts 100 --exploration-steps 200 --max-episode-steps 100 --width 0.25
+  --eval-every 200 --eval-steps 100 --eval-envs 2 --dormant-every 100 --dormant-batch-size 32 --log-every 50
+  --redo-period-gradient-steps 50"
+ATARI_SMOKE_ALL="$ATARI_SMOKE --rank-batch-size 64 --reset-period-gradient-steps 150"
+
+atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets seeds, envs and flags for this SCALE
+  case $SCALE in
+    smoke) seeds=1 envs=ALE/DemonAttack-v5 flags=$ATARI_SMOKE_ALL ;;
+    small) seeds=1 envs=ALE/DemonAttack-v5 flags="--total-timesteps 1000000 --eval-every 100000 --eval-steps 50000" ;;
+    paper) seeds="1 2 3 4 5" envs=$1 flags="--total-timesteps $2" ;;
+  esac
+}
+
+baseline_runs() { # Figs. 1 and 13
+  atari_tiers "$GAMES17" 2500000
+  sweep redo_dqn_atari.py redo_fig1 "$envs" "$seeds" $flags --replay-ratio 1 < <(
+    echo "dqn --method dqn"
+    echo "redo --method redo"
+    echo "reset --method reset"
+    echo "weight-decay --method dqn --weight-decay 1e-5"
+  )
+}
+
+growth_runs() { # Figs. 2 and 5
+  atari_tiers "ALE/DemonAttack-v5 ALE/Asterix-v5" 25000000
+  [ "$SCALE" != paper ] || flags="$flags --dormant-every 80000" # 20,000 gradient steps, as in the official code
+  [ "$SCALE" != smoke ] || envs="ALE/DemonAttack-v5 ALE/Asterix-v5"
+  sweep redo_dqn_atari.py redo_fig2 "$envs" "$seeds" $flags < <(echo "dqn --method dqn")
+}
+
+ratio_runs() { # ratio_runs "GAMES at paper scale": Figs. 7 and 16
+  atari_tiers "$1" 10000000
+  local ratio ratios="0.25 0.5 1 2"
+  [ "$SCALE" = paper ] || ratios="0.25 1"
+  sweep redo_dqn_atari.py redo_fig7 "$envs" "$seeds" $flags < <(
+    for ratio in $ratios; do echo "rr$ratio --method dqn --replay-ratio $ratio"; done
+  )
+}

@@ -1,8 +1,0 @@
-#!/usr/bin/env bash
-# Fig. 2: the share of dormant neurons (tau 0) grows while DQN trains, over gradient steps.
-# Expect, at paper scale (6.25M gradient steps): DemonAttack 13.5% at the start, 3-4% at 0.3-1M, 25-27% at the end;
-# Asterix 17%, then 3-4%, then about 30%.
-source "$(dirname "$0")/common.sh"
-
-growth_runs
-draw benchmark/plot_redo_dqn_atari.py fig2 --runs "redo_fig2-$SCALE-*"
