@@ -523,8 +523,8 @@ def update(agent, optimizers, args, batch: list) -> dict:
     return {
         "losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(), "losses/reward": reward.mean(),
         "losses/q_values": q1.detach().mean(), "losses/targets": target.mean(),
-        "plasticity/fau/encoder": fau(encoder_activations), "plasticity/fau/actor": fau(actor_activations),
-        "plasticity/fau/critic": fau(critic_activations),
+        "fau/encoder": fau(encoder_activations), "fau/actor": fau(actor_activations),
+        "fau/critic": fau(critic_activations),
     }  # fmt: skip
 
 
@@ -661,7 +661,7 @@ def train(args: Args) -> Path:
                 for _ in range(updates_due(global_step, replay_ratio)):
                     metrics = learn(sample_batch(replay, stddev, args, batch_rng, device))
                     if gradient_steps == 0:
-                        detector.first_batch(float(metrics["plasticity/fau/critic"]))
+                        detector.first_batch(float(metrics["fau/critic"]))
                     sums = {tag: value + sums.get(tag, 0) for tag, value in metrics.items()}
                     gradient_steps += 1
 
@@ -695,7 +695,7 @@ def train(args: Args) -> Path:
         if done:
             metrics |= {"charts/episodic_return": episode_return, "charts/episodic_length": steps}
             run.bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
-            difference = detector.end_episode(metrics.get("plasticity/fau/critic"))
+            difference = detector.end_episode(metrics.get("fau/critic"))
             if difference is not None:
                 metrics["adaptive_rr/difference"] = difference
         if detector.switched and not switched and args.rr_switch_step is None:

@@ -793,7 +793,7 @@ def train(args: Args) -> Path:
             # Perturb, by the dormant ratio of the last gradient step
             events = {}
             if args.perturb_every and global_step % args.perturb_every == 0 and global_step >= args.learning_starts:
-                events = {"plasticity/perturb_factor": perturb_agent(agent, optimizers, args, perturb_rng)}
+                events = {"events/perturb_factor": perturb_agent(agent, optimizers, args, perturb_rng)}
 
             # Learn: ... while the networks learn from the steps before it
             if global_step >= learning_from and len(replay):

@@ -496,10 +496,10 @@ def measure_modules(agent, obs, action) -> dict:
     ):
         score = torch.cat([dormant_score(activation) for activation in activations])
         for tau in TAUS:
-            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
-        metrics[f"plasticity/feature_rank/{name}"] = feature_rank(last)
+            metrics[f"dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
+        metrics[f"feature_rank/{name}"] = feature_rank(last)
         weights = [weight for weight in getattr(agent, name).parameters() if weight.requires_grad]
-        metrics[f"plasticity/weight_norm/{name}"] = torch.stack(torch._foreach_norm(weights)).norm()
+        metrics[f"weight_norm/{name}"] = torch.stack(torch._foreach_norm(weights)).norm()
     return metrics
 
 
@@ -686,15 +686,15 @@ def intervene(agent, optimizers, replay, args, global_step, gradient_steps, upda
         for part in (actor.policy, actor.trunk, critic.q1, critic.q2, critic.trunk):
             reset_layers(part.modules(), optimizers, generator, step_counts=True)
         target.load_state_dict(critic.state_dict())
-        events["plasticity/reset"] = 1
+        events["events/reset"] = 1
     if args.shrink_perturb_every and global_step and global_step % args.shrink_perturb_every == 0:
         shrink_and_perturb(critic, args.shrink, args.perturb, generator)
-        events["plasticity/perturb_factor"] = args.shrink
+        events["events/perturb_factor"] = args.shrink
     if args.injection != "none" and global_step == args.injection_step:
         groups = dict(actor=[[actor.policy]], critic=[[critic.q1, target.q1], [critic.q2, target.q2]])
         for heads in groups[args.injection]:
             inject(heads, optimizers, generator)
-        events["plasticity/injection"] = 1
+        events["events/injection"] = 1
     if args.redo_period_gradient_steps and gradient_steps % args.redo_period_gradient_steps < updates:
         obs, action, *_ = (x.to(device) for x in replay.sample(args.redo_batch_size, generator))
         with torch.no_grad():
@@ -702,7 +702,7 @@ def intervene(agent, optimizers, replay, args, global_step, gradient_steps, upda
             _, _, activations = critic(features, action)
         layers = [(head[i], [head[i + 2]]) for head in (critic.q1, critic.q2) for i in (0, 2)]
         masks = recycle(layers, activations, optimizers[2], args.redo_tau, generator)
-        events["plasticity/redo_recycled/critic"] = sum(mask.sum() for mask in masks)
+        events["redo_recycled/critic"] = sum(mask.sum() for mask in masks)
     return events
 
 
@@ -759,8 +759,8 @@ def update(agent, optimizers, args, batch: list) -> dict:
     return {
         "losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(), "losses/reward": reward.mean(),
         "losses/q_values": q1.detach().mean(), "losses/targets": target.mean(),
-        "plasticity/fau/encoder": fau(encoder_activations), "plasticity/fau/actor": fau(actor_activations),
-        "plasticity/fau/critic": fau(critic_activations),
+        "fau/encoder": fau(encoder_activations), "fau/actor": fau(actor_activations),
+        "fau/critic": fau(critic_activations),
     }  # fmt: skip
 
 

@@ -513,7 +513,7 @@ class DormantHistory:
         metrics = {}
         for kind, earlier in vars(self).items():
             for name in earlier or {}:
-                metrics[f"plasticity/overlap_{kind}/{name}"] = overlap(masks[name], earlier[name].to(masks[name]))
+                metrics[f"overlap_{kind}/{name}"] = overlap(masks[name], earlier[name].to(masks[name]))
         self.previous = masks
         self.anchor = self.anchor or masks
         self.union = {name: mask | (self.union or masks)[name].to(mask) for name, mask in masks.items()}
@@ -543,10 +543,10 @@ def measure_plasticity(q_network, obs, history: DormantHistory, args) -> dict:
 
     metrics = history.overlaps(masks)
     for name, score in scores.items():
-        metrics[f"plasticity/overlap_noise_floor/{name}"] = overlap(masks[name], others[name] <= TAUS[0])
+        metrics[f"overlap_noise_floor/{name}"] = overlap(masks[name], others[name] <= TAUS[0])
         for tau in TAUS:
-            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
-    metrics["plasticity/feature_rank/dense"] = feature_rank(activations["dense"])
+            metrics[f"dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
+    metrics["feature_rank/dense"] = feature_rank(activations["dense"])
     return metrics
 
 
@@ -609,15 +609,15 @@ def recycle_or_reset(q_network, optimizer, replay, gradient_steps: int, args, ge
     ended = args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps
     if args.method == "reset" and not ended and gradient_steps % args.reset_period_gradient_steps == 0:
         reset_layers([q_network.layers["dense"], q_network.layers["head"]], [optimizer], generator)
-        return {"plasticity/reset": 1}
+        return {"events/reset": 1}
     if args.method == "redo" and not ended and gradient_steps % args.redo_period_gradient_steps == 0:
         obs = replay.sample(args.redo_batch_size, generator)[0].to(device)
         q_before, activations = q_network(obs)
         activations = [activations[name] for name in q_network.reader]
         masks = recycle(q_network.recyclable(), activations, optimizer, args.redo_tau, generator)
-        counts = {f"plasticity/redo_recycled/{name}": mask.sum() for name, mask in zip(q_network.reader, masks)}
+        counts = {f"redo_recycled/{name}": mask.sum() for name, mask in zip(q_network.reader, masks)}
         q_change = (q_network(obs)[0] - q_before).abs().max()
-        return counts | {"plasticity/redo_recycled/all": sum(counts.values()), "plasticity/redo_q_change": q_change}
+        return counts | {"redo_recycled/all": sum(counts.values()), "events/redo_q_change": q_change}
     return {}
 
 

@@ -12,7 +12,7 @@ BENCHMARK = Path(__file__).resolve().parent
 # title, y axis, CSV (<script>_cpu_small), environment, tag, {arm: label}
 PANELS = (
     ("redo_dqn_atari.py: recycling dormant neurons\nRoadRunner, replay ratio 1", "dormant neurons (tau 0.1)",
-     "redo_dqn_atari_cpu_small", "ALE/RoadRunner-v5", "plasticity/dormant_ratio_tau0.1/all",
+     "redo_dqn_atari_cpu_small", "ALE/RoadRunner-v5", "dormant_ratio_tau0.1/all",
      {"dqn": "DQN", "redo": "ReDo"}),
     ("drqv2_plasticity.py: data augmentation\nCartpole Balance", "return", "drqv2_plasticity_cpu_small",
      "dm_control/cartpole-balance-v0", "return", {"augmentation": "with augmentation", "plain": "without"}),

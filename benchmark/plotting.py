@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,17 @@ def load_module(path: str):
         spec.loader.exec_module(module)
         sys.modules[name] = module
     return sys.modules[name]
+
+
+# The same in every picture
+BASELINES = ("plain", "drqv2", "dqn", "static0.5")
+METHODS = ("augmentation", "drm", "redo", "adaptive")
+
+
+def colours(arms) -> dict:
+    """A colour for every arm: the baseline blue, the paper's method orange, the other ones the rest."""
+    rest = (f"C{i}" for i in itertools.count(2))
+    return {arm: "C0" if arm in BASELINES else "C1" if arm in METHODS else next(rest) for arm in arms}
 
 
 @dataclass
@@ -145,6 +157,9 @@ def read_rows(path: str) -> list:
 def save(figure, rows: list, out: str, note: str = "") -> None:
     """Writes <out>.png with a note below, and the numbers behind it as <out>.csv (dicts with the same keys)."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
+    if out.endswith("_smoke"):  # as sweeps call it
+        text = dict(ha="center", va="center", rotation=20, color="red", alpha=0.5, size=20, zorder=10)
+        figure.text(0.5, 0.5, "smoke: checks the plumbing, no result", **text)
     if not figure.get_constrained_layout():
         figure.tight_layout()
     figure.text(0.01, -0.02, note, fontsize=6, color="0.4", va="top")

@@ -254,7 +254,7 @@ def dormant_ratios(network, x) -> dict:
     metrics = {}
     for name, score in scores.items():
         for tau in TAUS:
-            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
+            metrics[f"dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
     return metrics
 
 
@@ -362,7 +362,7 @@ def train(args: Args) -> Path:
             "charts/accuracy" if args.task == "classification" else "charts/explained": right_sum / args.num_images,
         }  # fmt: skip
         if args.redo:
-            metrics["plasticity/redo_recycled/all"] = recycled
+            metrics["redo_recycled/all"] = recycled
         log(writer, epoch + 1, metrics)
         if not math.isfinite(metrics["losses/train"]):
             writer.close()
@@ -440,7 +440,7 @@ def finish_run(run_dir: Path, summary: dict) -> None:
     summary = {k: v if isinstance(v, str) else float(v) for k, v in summary.items()}
     (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
     os.replace(run_dir / "summary.tmp", run_dir / "summary.json")
-    print(f"{run_dir}: {summary['plasticity/dormant_ratio_tau0/all']:.1%} of the neurons are dormant (tau 0)")
+    print(f"{run_dir}: {summary['dormant_ratio_tau0/all']:.1%} of the neurons are dormant (tau 0)")
 
 
 if __name__ == "__main__":

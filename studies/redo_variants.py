@@ -404,7 +404,7 @@ def dormant_ratios(network, x) -> dict:
     metrics = {}
     for name, score in scores.items():
         for tau in TAUS:
-            metrics[f"plasticity/dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
+            metrics[f"dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
     return metrics
 
 
@@ -508,9 +508,9 @@ def intervene_variant(q_network, optimizer, replay, gradient_steps: int, args, g
         activations = [activations[name] for name in q_network.reader]
         options = dict(adam=args.redo_adam, compat_flatten=args.redo_compat_flatten)
         masks = recycle_variant(q_network.recyclable(), activations, optimizer, args.redo_tau, generator, **options)
-        counts = {f"plasticity/redo_recycled/{name}": mask.sum() for name, mask in zip(q_network.reader, masks)}
+        counts = {f"redo_recycled/{name}": mask.sum() for name, mask in zip(q_network.reader, masks)}
         q_change = (q_network(obs)[0] - q_before).abs().max()
-        metrics = counts | {"plasticity/redo_recycled/all": sum(counts.values()), "plasticity/redo_q_change": q_change}
+        metrics = counts | {"redo_recycled/all": sum(counts.values()), "events/redo_q_change": q_change}
     if args.method == "adam-step-reset" or (args.method == "redo" and args.redo_adam == "moments+tensor-step"):
         reset_adam_step(optimizer, kept=q_network.layers["head"].bias)
     return metrics

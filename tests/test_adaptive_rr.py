@@ -26,7 +26,7 @@ GOLDEN = {
     "losses/critic": {40: 15.58677, 120: 15.99493, 200: 17.3656},
     "losses/actor": {40: 0.2712838, 120: -0.1501851, 200: -0.3925545},
     "losses/q_values": {40: 0.101447, 120: 0.493703, 200: 0.8964438},
-    "plasticity/fau/critic": {40: 0.5382813, 120: 0.5328125, 200: 0.4941894},
+    "fau/critic": {40: 0.5382813, 120: 0.5328125, 200: 0.4941894},
     "charts/episodic_return": {40: 14.48688, 120: 28.1841, 200: 17.25385},
 }
 
@@ -170,7 +170,7 @@ def test_a_run_through_the_command_line(tmp_path):
     assert files == {"args.json", "checkpoint.pt", "copied.py", "lock", "model.pt", "summary.json"}
     logged = scalars(run_dir)
     ends = range(20, 121, 20)
-    assert set(logged["plasticity/fau/critic"]) == set(ends) - {20}
+    assert set(logged["fau/critic"]) == set(ends) - {20}
     assert set(logged["adaptive_rr/difference"]) == {40, 80, 120}
     assert logged["adaptive_rr/switched"] == {20: 0, 40: 0, 60: 1, 80: 1, 100: 1, 120: 1}
     assert logged["charts/replay_ratio"] == {20: 0, 40: 0.25, 60: 2, 80: 2, 100: 2, 120: 2}  # learns from step 30 on
@@ -189,7 +189,7 @@ def counted(monkeypatch):
 
     def counting_update(*arguments):
         metrics = update(*arguments)
-        faus.append(float(metrics["plasticity/fau/critic"]))
+        faus.append(float(metrics["fau/critic"]))
         return metrics
 
     monkeypatch.setattr(rr, "act", counting_act)
@@ -211,7 +211,7 @@ def test_updates_before_and_after_the_switch(flags, switch, serial, monkeypatch)
     logged = scalars(run_dir)
     updates.append(len(faus))
     averages = {end: np.mean(faus[updates[end - 20] : updates[end]]) for end in range(40, 121, 20)}
-    assert logged["plasticity/fau/critic"] == pytest.approx(averages, rel=1e-5)  # each of its own episode alone
+    assert logged["fau/critic"] == pytest.approx(averages, rel=1e-5)  # each of its own episode alone
     if "--rr-check-episodes" in flags:
         differences = {40: averages[40] - faus[0], 80: averages[80] - averages[40], 120: averages[120] - averages[80]}
         differences = {end: abs(difference) for end, difference in differences.items()}
@@ -346,7 +346,7 @@ def test_resume_without_the_replay_refills_it(serial, capsys):
     assert "it is refilled before learning goes on" in capsys.readouterr().err
     logged = scalars(part)
     assert set(logged["charts/episodic_return"]) == {20, 40, *range(73, 160, 20)}  # 53 + 20, ...
-    assert set(logged["plasticity/fau/critic"]) == {40, 53, 93, 113, 133, 153, 160}  # it learns again from step 83 on
+    assert set(logged["fau/critic"]) == {40, 53, 93, 113, 133, 153, 160}  # it learns again from step 83 on
 
 
 def test_a_longer_run_goes_on_where_the_shorter_one_ended(serial):

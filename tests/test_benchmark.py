@@ -136,7 +136,7 @@ def test_final_score_by_replay_ratio():
 
 
 def test_curves_over_gradient_steps():
-    tag = "plasticity/dormant_ratio_tau0/all"
+    tag = "dormant_ratio_tau0/all"
     write_atari_run("Asterix", "redo_g-smoke-dqn", 1, [0.1, 0.2, 0.4], tag)
     write_atari_run("Asterix", "redo_g-smoke-dqn", 1, [0, 62_500, 125_000], "charts/gradient_steps")
     plot_redo.curves(plotting.load_runs("redo_g-*"), "out", [tag], [plot_redo.PAPER_FIG2], True)
@@ -153,7 +153,7 @@ def test_fig7_stays_one_game_when_fig16_has_run():
     assert rows == [("ALE/DemonAttack-v5", "0.09")] * 2 + [("ALE/DemonAttack-v5", "3650")] * 2
 
 
-def pixel_run(name, seed, values, task="walker-run", tag="plasticity/fau/critic"):
+def pixel_run(name, seed, values, task="walker-run", tag="fau/critic"):
     options = dict(tag=tag, every=50_000, folder=task, action_repeat=2, env_id=f"dm_control/{task}-v0")
     write_run(f"drqv2-small-{name}", seed, values, **options)
 

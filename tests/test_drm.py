@@ -42,7 +42,7 @@ GOLDEN = {
     "losses/value": {40: 0.007154451, 120: 0.008757106, 200: 0.0001683573},
     "drm/stddev": {40: 0.842876, 120: 0.367089, 200: 0.3427692},
     "drm/lambda": {40: 0.589669, 120: 0.5411001, 200: 0.5499794},
-    "plasticity/perturb_factor": {51: 0.4761904, 101: 0.2857143, 151: 0.2},
+    "events/perturb_factor": {51: 0.4761904, 101: 0.2857143, 151: 0.2},
     "charts/episodic_return": {40: 14.64206, 120: 21.74835, 200: 30.93394},
 }
 
@@ -508,7 +508,7 @@ def test_drqv2_is_a_special_case_in_whole_runs(n_step, serial):
     ours, theirs = scalars(ours), scalars(theirs)
     shared = ours.keys() & theirs.keys()
     assert len(shared) > 10 and all(ours[tag] == theirs[tag] for tag in shared)
-    assert set(ours["drm/lambda"].values()) == {0} and "plasticity/perturb_factor" not in ours
+    assert set(ours["drm/lambda"].values()) == {0} and "events/perturb_factor" not in ours
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -522,8 +522,8 @@ def test_a_run_through_the_command_line(tmp_path):
     files = {path.name for path in run_dir.iterdir() if not path.name.startswith("events")}
     assert files == {"args.json", "checkpoint.pt", "copied.py", "lock", "model.pt", "summary.json"}
     logged = scalars(run_dir)
-    assert set(logged["plasticity/perturb_factor"]) == {51, 101}
-    assert all(0.2 <= factor <= 0.9 for factor in logged["plasticity/perturb_factor"].values())
+    assert set(logged["events/perturb_factor"]) == {51, 101}
+    assert all(0.2 <= factor <= 0.9 for factor in logged["events/perturb_factor"].values())
     assert logged["drm/awakened"] == {20: 0, 40: 1, 60: 1, 80: 1, 100: 1, 120: 1}
     for tag in ("drm/dormant_ratio", "drm/stddev", "drm/lambda", "losses/value"):
         assert set(logged[tag]) == {40, 60, 80, 100, 120}
@@ -543,7 +543,7 @@ def test_a_run_on_a_real_task(monkeypatch, serial):
              "--total-timesteps 70 --perturb-every 62")  # fmt: skip
     monkeypatch.setattr(drm, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
     logged = scalars(run("--env-id", "dm_control/hopper-hop-v0", *flags.split()))
-    assert 0 < logged["drm/dormant_ratio"][70] < 1 and set(logged["plasticity/perturb_factor"]) == {63}
+    assert 0 < logged["drm/dormant_ratio"][70] < 1 and set(logged["events/perturb_factor"]) == {63}
 
 
 def test_a_golden_run(serial):
@@ -569,7 +569,7 @@ def test_perturbations_happen_where_they_should(serial, monkeypatch):
 
     monkeypatch.setattr(drm, "update", watched_update)
     monkeypatch.setattr(drm, "perturb_agent", watched_perturb)
-    logged = scalars(run(*ADAPTIVE, "--perturb-every", 15, "--perturb-rate", 1))["plasticity/perturb_factor"]
+    logged = scalars(run(*ADAPTIVE, "--perturb-every", 15, "--perturb-rate", 1))["events/perturb_factor"]
     assert [updates for updates, _, _ in factors] == [0, 8, 15, 23, 30, 38] and list(logged) == list(range(31, 120, 15))
     assert factors[0][1] == pytest.approx(0.2)
     assert all(factor == pytest.approx(min(0.9, max(0.2, 1 - beta)), abs=1e-6) for _, factor, beta in factors)
@@ -621,7 +621,7 @@ def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, s
     logged = scalars(run_dir)
     assert set(logged["charts/episodic_length"]) == {*range(20, step + 1, 20), *range(step + 20, 121, 20)}
     assert set(logged["eval/episodic_return"]) == {0, 60 + step % 20, 120}
-    assert set(logged["plasticity/perturb_factor"]) == {51, 101}
+    assert set(logged["events/perturb_factor"]) == {51, 101}
 
 
 @pytest.mark.parametrize("stop", [50, 51])
@@ -656,7 +656,7 @@ def test_resume_without_the_replay_refills_and_perturbs_when_it_is_time(serial, 
     run("--resume", part, "--total-timesteps", 220)
     assert "it is refilled before learning goes on" in capsys.readouterr().err
     logged = scalars(part)
-    assert set(logged["plasticity/perturb_factor"]) == {71, 141, 211}
+    assert set(logged["events/perturb_factor"]) == {71, 141, 211}
     assert logged["charts/gradient_steps"][200] == 45 + 25  # 150, 152, ... 198
 
 

@@ -296,15 +296,15 @@ def test_measure_plasticity():
         agent.critic.q1[0].weight[:4], agent.critic.q1[0].bias[:4] = 0, -1  # 4 of 64 hidden neurons are silent
     obs, action, *_ = make_batch()
     metrics = drq.measure_modules(agent, obs, action)
-    assert metrics["plasticity/dormant_ratio_tau0/critic"] == pytest.approx(4 / 64)
-    assert metrics["plasticity/dormant_ratio_tau0/actor"] == metrics["plasticity/dormant_ratio_tau0.025/encoder"] == 0
+    assert metrics["dormant_ratio_tau0/critic"] == pytest.approx(4 / 64)
+    assert metrics["dormant_ratio_tau0/actor"] == metrics["dormant_ratio_tau0.025/encoder"] == 0
     norm = math.sqrt(sum(float((p**2).sum()) for p in agent.actor.state_dict().values()))
-    assert metrics["plasticity/weight_norm/actor"] == pytest.approx(norm, rel=1e-5)
+    assert metrics["weight_norm/actor"] == pytest.approx(norm, rel=1e-5)
     with torch.no_grad():
         hidden = agent.actor(agent.encoder(obs)[0])[1][-1]
     share = torch.linalg.svdvals(hidden).cumsum(0)
     rank = next(k for k in range(1, 17) if share[k - 1] >= 0.99 * share[-1])
-    assert metrics["plasticity/feature_rank/actor"] == rank
+    assert metrics["feature_rank/actor"] == rank
     assert len(metrics) == 3 * (len(drq.TAUS) + 2)
 
 
@@ -321,7 +321,7 @@ def test_crelu():
     agent, optimizers, arguments = make_agent(crelu=True)
     first, _, second, _, last = agent.critic.q1
     assert [m.weight.shape for m in (first, second, last)] == [(16, 14), (16, 32), (1, 32)]
-    assert drq.update(agent, optimizers, arguments, make_batch())["plasticity/fau/critic"] != 0.5
+    assert drq.update(agent, optimizers, arguments, make_batch())["fau/critic"] != 0.5
     assert isinstance(agent.critic_target.q1, drq.CReLULayers) and type(agent.actor.policy) is drq.Layers
 
 
@@ -392,7 +392,7 @@ def test_reset():
     before, addresses = state(agent), [p.data_ptr() for p in agent.parameters()]
     assert intervened(agent, optimizers, arguments, 0) == intervened(agent, optimizers, arguments, 150) == {}
     assert same(before, state(agent))
-    assert intervened(agent, optimizers, arguments, 200) == {"plasticity/reset": 1}
+    assert intervened(agent, optimizers, arguments, 200) == {"events/reset": 1}
     for name, value in agent.state_dict().items():
         if name.startswith("encoder"):
             assert torch.equal(before[name], value), name
@@ -467,7 +467,7 @@ def test_recycling_silent_neurons_leaves_the_outputs_alone():
     before, outputs = state(agent), agent.critic(features, action)[:2]
     assert intervened(agent, optimizers, arguments, 98, OneBatch()) == {}  # after 49 gradient steps
     events = intervened(agent, optimizers, arguments, 100, OneBatch())
-    assert {tag: int(value) for tag, value in events.items()} == {"plasticity/redo_recycled/critic": 2}
+    assert {tag: int(value) for tag, value in events.items()} == {"redo_recycled/critic": 2}
     for a, b in zip(outputs, agent.critic(features, action)[:2]):
         torch.testing.assert_close(a, b)
     changed = {"critic.q1.2.weight", "critic.q1.2.bias", "critic.q1.4.weight", "critic.q2.0.weight", "critic.q2.0.bias",
@@ -516,7 +516,7 @@ def test_injection(module):
         drq.update(agent, optimizers, arguments, make_batch(seed=i))
     before, trained, names = outputs(agent), state(agent), list(agent.state_dict())
     addresses = [p.data_ptr() for p in agent.parameters()]
-    assert intervened(agent, optimizers, arguments, 100) == {"plasticity/injection": 1}
+    assert intervened(agent, optimizers, arguments, 100) == {"events/injection": 1}
     for a, b in zip(before, outputs(agent)):
         assert torch.equal(a, b)
     assert names == list(agent.state_dict()) and addresses == [p.data_ptr() for p in agent.parameters()]

@@ -21,8 +21,8 @@ GOLDEN = {
     "losses/critic": {80: 18.2058201, 120: 15.0720291, 200: 17.8708382},
     "losses/actor": {80: 0.1383832, 120: 0.0333107, 200: -0.0700125},
     "losses/q_values": {80: 0.3038992, 120: 0.2869961, 200: 0.3589578},
-    "plasticity/fau/critic": {80: 0.5033203, 120: 0.5332031, 200: 0.5275391},
-    "plasticity/feature_rank/critic": {80: 6, 120: 6, 200: 6},
+    "fau/critic": {80: 0.5033203, 120: 0.5332031, 200: 0.5275391},
+    "feature_rank/critic": {80: 6, 120: 6, 200: 6},
     "charts/episodic_return": {80: 6.0130086, 120: 26.8192558, 200: 11.4512873},
 }
 
@@ -79,10 +79,10 @@ def test_a_run_through_the_command_line(tmp_path):
     assert set(logged["eval/episodic_return"]) == {0, 60, 120}
     assert set(logged["charts/episodic_return"]) == set(range(20, 121, 20))
     for name in ("encoder", "actor", "critic"):
-        assert set(logged[f"plasticity/fau/{name}"]) == {40, 60, 80, 100, 120}
+        assert set(logged[f"fau/{name}"]) == {40, 60, 80, 100, 120}
         for tag in ("dormant_ratio_tau0", "dormant_ratio_tau0.025", "feature_rank", "weight_norm"):
-            assert set(logged[f"plasticity/{tag}/{name}"]) == {40, 80, 120}, tag
-        assert all(0 <= value <= 1 for value in logged[f"plasticity/fau/{name}"].values())
+            assert set(logged[f"{tag}/{name}"]) == {40, 80, 120}, tag
+        assert all(0 <= value <= 1 for value in logged[f"fau/{name}"].values())
     assert logged["charts/frames"][120] == 240 and logged["charts/gradient_steps"][120] == 45
     assert json.loads((run_dir / "summary.json").read_text())["gradient_steps"] == 45
     model = torch.load(run_dir / "model.pt", weights_only=True)
@@ -183,17 +183,17 @@ def test_augmentation_window(flags, steps, calls):
 
 
 @pytest.mark.parametrize("flags, names, tag, steps", [
-    (["--reset-every", 50], [], "reset", [50, 100]),
-    (["--shrink-perturb-every", 50], ["shrink_and_perturb"], "perturb_factor", [50, 100]),
+    (["--reset-every", 50], [], "events/reset", [50, 100]),
+    (["--shrink-perturb-every", 50], ["shrink_and_perturb"], "events/perturb_factor", [50, 100]),
     (["--redo-period-gradient-steps", 20, "--redo-batch-size", 8], ["recycle"], "redo_recycled/critic", [68, 108]),
-    (["--injection", "actor", "--injection-step", 60], ["inject"], "injection", [60]),
-    (["--injection", "critic", "--injection-step", 60], ["inject", "inject"], "injection", [60]),
+    (["--injection", "actor", "--injection-step", 60], ["inject"], "events/injection", [60]),
+    (["--injection", "critic", "--injection-step", 60], ["inject", "inject"], "events/injection", [60]),
 ])  # fmt: skip
 def test_interventions_happen_when_they_should(flags, names, tag, steps, calls):
     """ReDo at step 68 = 30 + 2 * 19, where the 20th gradient step is taken."""
     run_dir = run(*PIXELS, *flags)
     assert {name: calls[name] for name in names} == {name: sorted(steps * names.count(name)) for name in names}
-    assert set(scalars(run_dir)[f"plasticity/{tag}"]) == {step + 1 for step in steps}
+    assert set(scalars(run_dir)[tag]) == {step + 1 for step in steps}
     assert not {"shrink_and_perturb", "recycle", "inject"} - {*names} & set(calls)
 
 
@@ -289,7 +289,7 @@ def test_a_signal_while_priming_saves_at_once(serial, monkeypatch):
 def test_resume_with_more_steps_does_not_move_the_resets(serial):
     part = run(*PIXELS, "--reset-every", 40)
     run("--resume", part, "--total-timesteps", 200)
-    assert set(scalars(part)["plasticity/reset"]) == {41, 81, 121, 161}
+    assert set(scalars(part)["events/reset"]) == {41, 81, 121, 161}
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

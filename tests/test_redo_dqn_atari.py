@@ -106,16 +106,16 @@ def test_measure_plasticity_counts_and_compares():
     assert {name: len(mask) for name, mask in masks.items()} == dict(conv1=4, conv2=8, conv3=8, dense=64)
     masks["all"] = torch.cat(list(masks.values()))
     for name, mask in masks.items():
-        assert metrics[f"plasticity/dormant_ratio_tau0/{name}"] == mask.float().mean()
-    assert metrics["plasticity/dormant_ratio_tau0/all"] > 0
+        assert metrics[f"dormant_ratio_tau0/{name}"] == mask.float().mean()
+    assert metrics["dormant_ratio_tau0/all"] > 0
     for tau in (0.025, 0.1):
         share = (redo.dormant_score(activations["dense"][:4]) <= tau).float().mean()
-        assert metrics[f"plasticity/dormant_ratio_tau{tau}/dense"] == share
-    assert metrics["plasticity/feature_rank/dense"] == redo.feature_rank(activations["dense"])  # of all 16 states
-    assert metrics["plasticity/feature_rank/dense"] > redo.feature_rank(activations["dense"][:4])
-    assert not any(f"plasticity/overlap_{kind}/all" in metrics for kind in ("previous", "anchor", "union"))
+        assert metrics[f"dormant_ratio_tau{tau}/dense"] == share
+    assert metrics["feature_rank/dense"] == redo.feature_rank(activations["dense"])  # of all 16 states
+    assert metrics["feature_rank/dense"] > redo.feature_rank(activations["dense"][:4])
+    assert not any(f"overlap_{kind}/all" in metrics for kind in ("previous", "anchor", "union"))
     other = torch.cat([redo.dormant_score(h[4:8]) == 0 for h in activations.values()])
-    assert metrics["plasticity/overlap_noise_floor/all"] == redo.overlap(masks["all"], other)
+    assert metrics["overlap_noise_floor/all"] == redo.overlap(masks["all"], other)
 
     with torch.no_grad():  # now every other neuron of the dense layer dies, and one comes to life
         first = masks["dense"]
@@ -125,13 +125,13 @@ def test_measure_plasticity_counts_and_compares():
     metrics = redo.measure_plasticity(agent.q_network, obs, history, args)
     second = redo.dormant_score(agent.q_network(obs[:4])[1]["dense"]) == 0
     for kind in ("previous", "anchor", "union"):
-        assert metrics[f"plasticity/overlap_{kind}/dense"] == redo.overlap(second, first) < 1
+        assert metrics[f"overlap_{kind}/dense"] == redo.overlap(second, first) < 1
     assert torch.equal(history.union["dense"], first | second) and torch.equal(history.anchor["dense"], first)
     restored = redo.DormantHistory()
     restored.load_state_dict(history.state_dict())
     metrics = redo.measure_plasticity(agent.q_network, obs, restored, args)
-    assert metrics["plasticity/overlap_previous/dense"] == metrics["plasticity/overlap_union/dense"] == 1
-    assert metrics["plasticity/overlap_anchor/dense"] == redo.overlap(second, first)
+    assert metrics["overlap_previous/dense"] == metrics["overlap_union/dense"] == 1
+    assert metrics["overlap_anchor/dense"] == redo.overlap(second, first)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_at_tau_0_the_output_does_not_change(options):
     before, activations = agent.q_network(obs)
     replay = SimpleNamespace(sample=lambda batch_size, generator: (obs,))
     metrics = redo.recycle_or_reset(agent.q_network, optimizer, replay, 1000, args, seeded(), CPU)
-    assert torch.equal(agent.q_network(obs)[0], before) and metrics["plasticity/redo_q_change"] == 0
+    assert torch.equal(agent.q_network(obs)[0], before) and metrics["events/redo_q_change"] == 0
     counts = {k.rpartition("/")[2]: int(v) for k, v in metrics.items() if "recycled" in k}
     assert counts.pop("all") == sum(counts.values()) and counts.keys() == agent.q_network.reader.keys()
     for name, count in counts.items():  # some are alive again
@@ -230,7 +230,7 @@ def test_intervene_measures_the_change_and_acts_every_period():
     assert torch.equal(agent.q_network(obs)[0], before) and not asked
     metrics = redo.recycle_or_reset(agent.q_network, optimizer, replay, 2000, args, seeded(), CPU)
     change = (agent.q_network(obs)[0] - before).abs().max()
-    assert metrics["plasticity/redo_q_change"] == change > 0 and asked == [16]
+    assert metrics["events/redo_q_change"] == change > 0 and asked == [16]
 
 
 def foreign_network():
@@ -383,7 +383,7 @@ def test_everything_is_edited_in_place_and_the_target_is_left_alone(options):
 def test_reset_layers():
     agent, optimizer, args = trained_agent(method="reset", reset_period_gradient_steps=3)
     old = copy.deepcopy(agent.q_network.layers)
-    assert redo.recycle_or_reset(agent.q_network, optimizer, None, 3, args, seeded(7), CPU) == {"plasticity/reset": 1}
+    assert redo.recycle_or_reset(agent.q_network, optimizer, None, 3, args, seeded(7), CPU) == {"events/reset": 1}
     for name, layer in agent.q_network.layers.items():
         if name in ("dense", "head"):
             assert (layer.weight != old[name].weight).all() and not layer.bias.any() and old[name].bias.any()

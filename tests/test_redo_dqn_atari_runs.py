@@ -55,7 +55,7 @@ def test_a_run_through_the_command_line(tmp_path):
     # bursts of 4 at steps 64, 68, ..., 236
     assert logged["charts/gradient_steps"][240] == 4 * 44 and logged["charts/gradient_steps"][60] == 0
     assert logged["charts/frames"][240] == 960 and logged["charts/epsilon"][60] == 1
-    assert sorted(logged["plasticity/dormant_ratio_tau0.025/conv2"]) == [60, 120, 180, 240]
+    assert sorted(logged["dormant_ratio_tau0.025/conv2"]) == [60, 120, 180, 240]
     assert logged["charts/episodic_length"] == {50: 50, 100: 50, 150: 50, 200: 50}
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["global_step"], summary["gradient_steps"]) == (240, 176)
@@ -73,7 +73,7 @@ def test_a_golden_run(monkeypatch):
     for tag, expected in (
         ("losses/td", {80: 0.473681241, 120: 0.189069688, 160: 0.220830053, 200: 0.197949678}),
         ("losses/q_values", {80: 0.107576765, 200: 2.31012344}), ("losses/targets", {80: 1.07996750, 200: 2.31447458}),
-        ("plasticity/redo_recycled/all", {93: 32, 121: 24, 153: 15, 181: 8}),
+        ("redo_recycled/all", {93: 32, 121: 24, 153: 15, 181: 8}),
     ):  # fmt: skip
         assert {step: logged[tag][step] for step in expected} == pytest.approx(expected, rel=1e-4), tag
 
@@ -105,7 +105,7 @@ def test_counts_and_schedules(ratio, calls, monkeypatch):
     assert calls["update_target"] == [burst * (t - 60) // 4 for t in range(80, 240, 40)]
     assert calls["recycle"] == list(range(30, updates + 1, 30))  # gradient steps, not at 0
     assert not calls["reset_layers"]
-    assert sum(logged["plasticity/redo_recycled/all"].values()) > 0
+    assert sum(logged["redo_recycled/all"].values()) > 0
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -121,7 +121,7 @@ def test_methods_and_their_end(flags, expected, calls, monkeypatch):
     logged = scalars(run(*ATARI_DQN, *flags))
     assert len(calls["update"]) == 176
     assert {name: calls[name] for name in ("recycle", "reset_layers") if calls[name]} == expected
-    assert len(logged.get("plasticity/reset", {})) == len(expected.get("reset_layers", []))
+    assert len(logged.get("events/reset", {})) == len(expected.get("reset_layers", []))
 
 
 def test_looking_and_an_idle_recycler_do_not_change_what_is_learned(monkeypatch):

@@ -44,7 +44,7 @@ def test_scores_and_ratios_by_hand():
         return None, {"conv1": activation, "dense": torch.tensor([[0.01, 1.99]])}
 
     ratios = study.dormant_ratios(network, None)
-    ratios = {name.removeprefix("plasticity/dormant_ratio_tau"): float(value) for name, value in ratios.items()}
+    ratios = {name.removeprefix("dormant_ratio_tau"): float(value) for name, value in ratios.items()}
     assert ratios == pytest.approx({
         "0/conv1": 1 / 3, "0/dense": 0, "0/all": 1 / 5, "0.025/conv1": 1 / 3, "0.025/dense": 1 / 2, "0.025/all": 2 / 5,
         "0.1/conv1": 1 / 3, "0.1/dense": 1 / 2, "0.1/all": 2 / 5})  # fmt: skip
@@ -54,8 +54,8 @@ def test_scores_and_ratios_by_hand():
 def test_a_network_that_is_not_finite_has_no_dormant_ratio(value):
     activations = {"conv1": torch.tensor([[0.0, 1.0]]), "dense": torch.tensor([[0.0, value, 1.0]])}
     ratios = study.dormant_ratios(lambda images: (None, activations), None)
-    assert ratios["plasticity/dormant_ratio_tau0/conv1"] == 0.5
-    assert ratios["plasticity/dormant_ratio_tau0/dense"].isnan() and ratios["plasticity/dormant_ratio_tau0/all"].isnan()
+    assert ratios["dormant_ratio_tau0/conv1"] == 0.5
+    assert ratios["dormant_ratio_tau0/dense"].isnan() and ratios["dormant_ratio_tau0/all"].isnan()
 
 
 # --- ReDo in any network ----------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_run_and_its_twin():
     assert logged == scalars(second) and logged != scalars(other)
     for layer in ("conv1", "conv2", "conv3", "dense", "all"):
         for tau in (0, 0.025, 0.1):
-            assert list(logged[f"plasticity/dormant_ratio_tau{tau}/{layer}"]) == [0, 1, 2, 3]
+            assert list(logged[f"dormant_ratio_tau{tau}/{layer}"]) == [0, 1, 2, 3]
     assert list(logged["charts/accuracy"]) == list(logged["losses/train"]) == [1, 2, 3]
     assert logged["charts/gradient_steps"] == {1: 2, 2: 4, 3: 6}
     assert "charts/explained" in scalars(run(task="regression"))
@@ -329,9 +329,9 @@ def test_redo_changes_neither_batches_nor_permutations(monkeypatch):
 def test_the_look_at_the_end_of_an_epoch_comes_before_recycling():
     """Else a period of one epoch would always show a network that has just been recycled."""
     plain, redo = scalars(run()), scalars(run(**REDO | dict(redo_tau=0.5)))
-    tag = "plasticity/dormant_ratio_tau0.1/all"
-    assert redo[tag][1] == plain[tag][1] > 0 and redo["plasticity/redo_recycled/all"][1] == 0
-    assert redo["plasticity/redo_recycled/all"][2] > 20 and redo["losses/train"][2] != plain["losses/train"][2]
+    tag = "dormant_ratio_tau0.1/all"
+    assert redo[tag][1] == plain[tag][1] > 0 and redo["redo_recycled/all"][1] == 0
+    assert redo["redo_recycled/all"][2] > 20 and redo["losses/train"][2] != plain["losses/train"][2]
 
 
 CHANGES = [

@@ -18,7 +18,7 @@ from plotting import group, load_runs, panels, save
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from adaptive_rr import PlateauDetector
 
-FAU = "plasticity/fau/critic"
+FAU = "fau/critic"
 
 
 def own_switch(run) -> float:

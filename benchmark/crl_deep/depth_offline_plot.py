@@ -16,9 +16,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import group, load_runs, mean_and_band, panels, save, seeds_text
 
-TAGS = {"eval/nce": "held-out loss (InfoNCE, batches of 512)", "eval/success": "share of the goals reached"}
+TAGS = {"eval/nce": "held-out loss (InfoNCE)", "eval/success": "share of the goals reached"}
 FIELDS = ("maze", "data_seed", "gradient_steps", "width", "depth")  # what the arms differ in
-MAZES = {"hardest_maze": "hardest maze", "big_maze": "big maze"}
 
 
 def rows_of(runs) -> list:
@@ -29,32 +28,53 @@ def rows_of(runs) -> list:
         for tag in TAGS:
             points = np.array([summary[tag] for summary in summaries])
             mean, low, high = mean_and_band(points[:, None])
-            row = dict(zip(FIELDS, values)) | dict(parameters=summaries[0]["parameters"], seeds=len(points), tag=tag)
+            row = dict(zip(FIELDS, values)) | dict(
+                thousands=summaries[0]["parameters"] / 1e3, seeds=len(points), tag=tag
+            )
             row |= dict(mean=mean[0], low=low[0], high=high[0], sd=points.std(ddof=1) if len(points) > 1 else "")
             rows.append(row | dict(each=" ".join(f"{point:.4g}" for point in points)))
     return rows
 
 
-def draw_panel(axis, rows, maze: str, tag: str) -> None:
-    rows = [row for row in rows if (row["maze"], row["tag"]) == (maze, tag)]
-    usual = min(row["gradient_steps"] for row in rows), min(row["width"] for row in rows)
-    lines = {(d, s, w) for d, s, w in ((row["data_seed"], row["gradient_steps"], row["width"]) for row in rows)}
-    for data_seed, steps, width in sorted(lines):
-        line = [
-            row for row in rows if (row["data_seed"], row["gradient_steps"], row["width"]) == (data_seed, steps, width)
-        ]
-        x, y = [row["depth"] for row in line], [row["mean"] for row in line]
-        bars = np.abs(np.array([[row["low"], row["high"]] for row in line]).T - y)
-        name = [f"width {width}"] * (width != usual[1]) + [f"{steps:,} gradient steps"] * (steps != usual[0])
-        name = ", ".join(name) or f"width {width}" + (f", data set {data_seed}" if data_seed > 1 else "")
-        style = dict(color="C1", marker="o") if name == f"width {usual[1]}" else dict(marker="s", linestyle="--")
-        axis.errorbar(x, y, bars, capsize=3, ms=4, label=f"{name}: {line[0]['parameters'] / 1e3:.0f}k weights"
-                      if len(line) == 1 else name, **style)  # fmt: skip
+DATA_SET = {1: dict(fmt="o-", label="a set of data"), 2: dict(fmt="s--", label="another set")}
+
+
+def line(axis, rows: list, x: str, **style) -> None:
+    """Mean and 95% interval of the rows over their column x."""
+    rows = sorted(rows, key=lambda row: row[x])
+    mean = np.array([row["mean"] for row in rows])
+    bars = np.abs([[row["low"] for row in rows], [row["high"] for row in rows]] - mean)
+    axis.errorbar([row[x] for row in rows], mean, bars, capsize=3, ms=4, **style)
+
+
+def select(rows: list, **values) -> list:
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+def draw_depth(axis, rows: list) -> None:
+    for data_seed, style in DATA_SET.items():
+        if found := select(rows, data_seed=data_seed):
+            line(axis, found, "depth", color="C1", **style)
     depths = sorted({row["depth"] for row in rows})
     axis.set_xscale("log", base=2)
-    axis.set_xticks(depths, [str(depth) for depth in depths])
-    axis.set(xlabel="depth", ylabel=TAGS[tag], title=MAZES[maze])
-    axis.legend(frameon=False, fontsize=6)
+    axis.set_xticks(depths, depths)
+    axis.set(xlabel="depth")
+    if len({row["data_seed"] for row in rows}) > 1:
+        axis.legend(frameon=False, fontsize=7)
+
+
+def draw_size(axis, rows: list, steps: int, width: int, depth: int) -> None:
+    """Deeper, wider or longer: over the number of weights."""
+    line(axis, select(rows, gradient_steps=steps, width=width), "thousands", color="C1", fmt="o-", label="deeper")
+    line(axis, select(rows, gradient_steps=steps, depth=depth), "thousands", color="C0", fmt="o-", label="wider")
+    longer = [row for row in rows if row["gradient_steps"] != steps]
+    line(axis, longer, "thousands", color="0.5", fmt="D", label="trained longer")
+    axis.set_xscale("log")
+    ticks = sorted({round(row["thousands"]) for row in rows if row["depth"] > depth or row["width"] != 2 * width})
+    axis.set_xticks(ticks, [f"{tick}k" for tick in ticks])
+    axis.minorticks_off()
+    axis.set(xlabel="weights of both encoders")
+    axis.legend(frameon=False, fontsize=7)
 
 
 def draw_map(axis, run) -> None:
@@ -63,38 +83,38 @@ def draw_map(axis, run) -> None:
     x, y, walls = saved["x"], saved["y"], saved["walls"]
     cell = x[-1] / (walls.shape[0] - 1)
     values = np.ma.array(saved["values"][-1], mask=walls[np.ix_(*(np.round(a / cell).astype(int) for a in (x, y)))])
-    picture = axis.pcolormesh(y, x, values, shading="nearest", cmap="viridis", rasterized=True)
+    axis.pcolormesh(y, x, values, shading="nearest", cmap="viridis", rasterized=True)
     axis.plot(*saved["goals"][-1][::-1], "*", color="red", ms=10)
-    axis.set(
-        aspect="equal",
-        xticks=[],
-        yticks=[],
-        title=f"depth {run.args['depth']}: f(s, best a, goal), seed {run.args['seed']}",
-    )
+    axis.set(aspect="equal", xticks=[], yticks=[])
+    axis.set_title(f"critic of depth {run.args['depth']}: near (yellow), far", fontsize=9)
     axis.invert_yaxis()
+    axis.set_frame_on(False)
     axis.grid(False)
-    axis.figure.colorbar(picture, ax=axis, shrink=0.7)
 
 
 def draw(runs, out) -> None:
     runs = [run for run in runs if (run.folder / "summary.json").exists()]
     rows = rows_of(runs)
-    mazes = [maze for maze in MAZES if any(row["maze"] == maze for row in rows)]
-    figure, axes = panels(2 * len(mazes) + 2, width=4.2, height=3.4, columns=2)
-    for i, maze in enumerate(mazes):
-        for axis, tag in zip(axes[2 * i :], TAGS):
-            draw_panel(axis, rows, maze, tag)
-    main = [run for run in runs if run.args["maze"] == "hardest_maze" and run.args["data_seed"] == 1]
-    usual = min(run.args["width"] for run in main), min(run.args["gradient_steps"] for run in main)
-    main = [run for run in main if (run.args["width"], run.args["gradient_steps"]) == usual]
-    first = [run for run in main if run.args["seed"] == min(run.args["seed"] for run in main)]
-    first.sort(key=lambda run: run.args["depth"])
-    for axis, run in zip(axes[2 * len(mazes) :], (first[0], first[-1])):
-        draw_map(axis, run)
+    steps, width, depth = (min(row[name] for row in rows) for name in ("gradient_steps", "width", "depth"))
+    usual = select(rows, gradient_steps=steps, width=width)
+    figure, axes = panels(8, width=3.1, height=2.7)
+    for i, tag in enumerate(TAGS):
+        over_depth, over_size, second_maze = axes[4 * i : 4 * i + 3]
+        draw_depth(over_depth, select(usual, maze="hardest_maze", tag=tag))
+        draw_size(over_size, select(rows, maze="hardest_maze", data_seed=1, tag=tag), steps, width, depth)
+        draw_depth(second_maze, select(usual, maze="big_maze", tag=tag))
+        over_depth.set_ylabel(TAGS[tag])
+    for axis, title in zip(axes, ("hardest maze, deeper", "hardest maze, by size", "big maze, deeper")):
+        axis.set_title(title)
+    maps = [run for run in runs if run.args["maze"] == "hardest_maze" and run.args["data_seed"] == 1]
+    maps = [run for run in maps if (run.args["width"], run.args["gradient_steps"]) == (width, steps)]
+    maps.sort(key=lambda run: (run.args["seed"], run.args["depth"]))
+    maps = [run for run in maps if run.args["seed"] == maps[0].args["seed"]]
+    draw_map(axes[3], maps[0])
+    draw_map(axes[7], maps[-1])
     arms = group(runs, lambda run: tuple(run.args[name] for name in FIELDS)).values()
-    if any("-smoke-" in run.args["exp_name"] for run in runs):
-        figure.text(0.5, 0.5, "smoke: checks the plumbing, no result", ha="center", rotation=20, color="red", size=16)
-    save(figure, rows, out, f"Bars: 95% bootstrap intervals over seeds ({seeds_text(arms)}).")
+    save(figure, rows, out, f"Bars: 95% bootstrap intervals over seeds ({seeds_text(arms)}). Maps: seed "
+         f"{maps[0].args['seed']}, star: the goal, each in its own colours.")  # fmt: skip
 
 
 def main() -> None:

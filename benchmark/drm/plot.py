@@ -22,6 +22,7 @@ from moviepy import VideoFileClip
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import (
     aligned,
+    colours,
     frames_unit,
     group,
     iqm,
@@ -100,7 +101,7 @@ def aggregate(runs, arms, out) -> None:
         points = min(len(frames) for frames, _ in tasks)
         frames, returns = tasks[0][0][:points], [values[:, :points] for _, values in tasks]
         mean, (low, high) = iqm(returns), stratified_bootstrap(returns, iqm)
-        color = f"C{arms.index(name)}"
+        color = colours(arms)[name]
         axis.plot(frames / size, mean, color=color, label=name)
         axis.fill_between(frames / size, low, high, color=color, alpha=0.2, linewidth=0)
         rows += [dict(arm=name, tasks=len(tasks), seeds=len(returns[0]), frames=int(f), iqm=m, low=lo, high=hi)

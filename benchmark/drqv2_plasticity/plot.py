@@ -4,8 +4,8 @@
         --arms augmentation plain --tags return fau/critic --out runs/figures/fig3
 
 KIND is curves (a row of panels per task, a column per tag, a line per arm), bars (the last returns, and the curves of
-the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations), a whole tag of
-"charts/" or "drm/", or what follows "plasticity/" in the logs. An arm is the end of an --exp-name. Bands are 95%
+the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations) or one of
+the logs. An arm is the end of an --exp-name. Bands are 95%
 bootstrap intervals over seeds; stars are values read from the paper's figures, dotted lines resets, perturbations and
 injections. Each figure is written as PNG with the CSV behind it; --csv draws curves from such a CSV instead of runs.
 """
@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
+from plotting import aligned, colours, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
 
 LABELS = {"plain": "no augmentation"}
 STARS = "the paper, read from its figures"
-EVENTS = ("plasticity/reset", "plasticity/perturb_factor", "plasticity/injection")
+EVENTS = ("events/reset", "events/perturb_factor", "events/injection")
 FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
 WALKER, QUADRUPED, CHEETAH = (f"dm_control/{task}-run-v0" for task in ("walker", "quadruped", "cheetah"))
 
@@ -75,17 +75,8 @@ def select(runs, envs, arms) -> list:
     return chosen
 
 
-def colours(arms) -> dict:
-    """A colour for every arm: blue without augmentation, orange with it, the other ones the rest."""
-    fixed = {name: colour for name, colour in (("plain", "C0"), ("augmentation", "C1")) if name in arms}
-    free = (f"C{i}" for i in range(30) if f"C{i}" not in fixed.values())
-    return {name: fixed.get(name) or next(free) for name in arms}
-
-
 def full_tag(tag: str) -> str:
-    if tag.startswith(("charts/", "drm/")):
-        return tag
-    return "eval/episodic_return" if tag == "return" else f"plasticity/{tag}"
+    return "eval/episodic_return" if tag == "return" else tag
 
 
 def label_of(tag: str) -> str:

@@ -16,13 +16,24 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, group, iqm, load_runs, mean_and_band, panels, save, seeds_text, stratified_bootstrap
+from plotting import (
+    aligned,
+    colours,
+    group,
+    iqm,
+    load_runs,
+    mean_and_band,
+    panels,
+    save,
+    seeds_text,
+    stratified_bootstrap,
+)
 
-RETURN, RANK = "eval/episodic_return", "plasticity/feature_rank/dense"
-DORMANT = "plasticity/dormant_ratio_tau{}/all"
+RETURN, RANK = "eval/episodic_return", "feature_rank/dense"
+DORMANT = "dormant_ratio_tau{}/all"
 NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
 LABELS = {RETURN: "return", RANK: "feature rank, dense"}
-PREFIXES = {"plasticity/dormant_ratio_tau": "dormant neurons, tau ", "plasticity/overlap_": "overlap, "}
+PREFIXES = {"dormant_ratio_tau": "dormant neurons, tau ", "overlap_": "overlap, "}
 
 # Scores of a random policy and of a human, for the paper's 17 games
 HUMAN_NORMALISATION = {
@@ -64,20 +75,17 @@ def normalised(run_returns: np.ndarray, env_id: str) -> np.ndarray:
 
 
 def label_of(tag: str) -> str:
-    for start, text in (
-        ("plasticity/dormant_ratio_tau", "dormant neurons, tau "),
-        ("plasticity/overlap_", "overlap, "),
-    ):
+    for start, text in PREFIXES.items():
         if tag.startswith(start):
             return text + tag.removeprefix(start).removesuffix("/all").replace("/", ", ")
     return LABELS.get(tag, tag)
 
 
-def draw_line(axis, x, mean, low, high, name, i, star=None) -> None:
-    axis.plot(x, mean, color=f"C{i}", label=name)
-    axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+def draw_line(axis, x, mean, low, high, name, color, star=None) -> None:
+    axis.plot(x, mean, color=color, label=name)
+    axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     if star is not None:
-        axis.plot(1.02, star, "*", color=f"C{i}", ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
+        axis.plot(1.02, star, "*", color=color, ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
 
 
 def finish(axis, title, ylabel, x="million frames") -> None:
@@ -91,13 +99,13 @@ def draw_curves(axis, runs, tag, paper=None, against_gradient_steps=False) -> li
     """One tag over million frames, or over million gradient steps, a line per arm -> rows of the CSV."""
     rows, unit = [], "million gradient steps" if against_gradient_steps else "million frames"
     arms = group(runs, arm)
-    for i, (name, seeds) in enumerate(arms.items()):
+    for name, seeds in arms.items():
         frames, values = aligned(seeds, tag)
         if not len(frames):
             continue
         x = np.interp(frames, *seeds[0].series("charts/gradient_steps")) if against_gradient_steps else frames
         mean, low, high = mean_and_band(values)
-        draw_line(axis, x / 1e6, mean, low, high, name, i, (paper or {}).get(name))
+        draw_line(axis, x / 1e6, mean, low, high, name, colours(arms)[name], (paper or {}).get(name))
         rows += [
             dict(env_id=seeds[0].args["env_id"], arm=name, tag=tag, seeds=len(seeds), frames=int(f), x=a, mean=m,
                  low=lo, high=hi, paper=(paper or {}).get(name))
@@ -117,11 +125,11 @@ def scores(runs) -> tuple:
 def draw_aggregate(axis, runs, paper) -> list:
     """IQM of the human-normalised score over frames, a line per arm -> rows of the CSV."""
     rows, arms = [], group(runs, arm)
-    for i, (name, members) in enumerate(arms.items()):
+    for name, members in arms.items():
         frames, games = scores(members)
         low, high = stratified_bootstrap(games, iqm)
         mean = iqm(games)
-        draw_line(axis, frames / 1e6, mean, low, high, name, i, paper.get(name))
+        draw_line(axis, frames / 1e6, mean, low, high, name, colours(arms)[name], paper.get(name))
         rows += [
             dict(env_id=f"{len(games)} games", arm=name, tag="iqm", seeds=len(games[0]), frames=int(f), x=f / 1e6,
                  mean=m, low=lo, high=hi, paper=paper.get(name))
@@ -159,8 +167,9 @@ def headline(runs, out, paper, tag=None, tag_paper=None, env_id="ALE/DemonAttack
 def by_replay_ratio(runs, out, paper) -> None:
     """Fig. 10: the final IQM over the replay ratio, a line per method."""
     figure, (axis,) = panels(1, width=4.2)
-    rows = []
-    for i, (method, members) in enumerate(group(runs, lambda run: run.args["method"]).items()):
+    rows, methods = [], group(runs, lambda run: run.args["method"])
+    for method, members in methods.items():
+        color = colours(methods)[method]
         ratios = group(members, lambda run: run.args["replay_ratio"])
         points = []
         for ratio, arm_runs in ratios.items():
@@ -174,9 +183,9 @@ def by_replay_ratio(runs, out, paper) -> None:
                      iqm=points[-1][0], low=low[0], high=high[0], paper=known)
             )  # fmt: skip
         mean, low, high = np.array(points).T
-        axis.plot(list(ratios), mean, "o-", color=f"C{i}", label=method)
-        axis.fill_between(list(ratios), low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-        axis.plot((0.25, 0.5, 1, 2), paper[method], "*", color=f"C{i}", ms=9)
+        axis.plot(list(ratios), mean, "o-", color=color, label=method)
+        axis.fill_between(list(ratios), low, high, color=color, alpha=0.2, linewidth=0)
+        axis.plot((0.25, 0.5, 1, 2), paper[method], "*", color=color, ms=9)
     axis.set_xscale("log", base=2)
     ticks = (0.25, 0.5, 1, 2)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -192,7 +201,7 @@ def demon_attack(runs) -> list:
 FIGURES = {
     "fig1": lambda runs, out: headline(runs, out, PAPER_FIG1),
     "fig2": lambda runs, out: curves(runs, out, [DORMANT.format(0)], [PAPER_FIG2], True),
-    "fig5": lambda runs, out: curves(runs, out, ["plasticity/overlap_previous/dense"], [PAPER_FIG5], True),
+    "fig5": lambda runs, out: curves(runs, out, ["overlap_previous/dense"], [PAPER_FIG5], True),
     "fig7": lambda runs, out: curves(demon_attack(runs), out, [DORMANT.format(0), RETURN], PAPER_FIG7),
     "fig9": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), RETURN], PAPER_FIG9),
     "fig10a": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10["fig10a"]),

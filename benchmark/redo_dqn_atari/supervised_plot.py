@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
 
-DORMANT, ACCURACY = "plasticity/dormant_ratio_tau0/all", "charts/accuracy"
+DORMANT, ACCURACY = "dormant_ratio_tau0/all", "charts/accuracy"
 LABELS = {DORMANT: "dormant neurons (tau = 0)", ACCURACY: "training accuracy"}
 # A row of panels for either way to shuffle: its title, and its arms with their names and colours
 FIXED, CHANGING, REDO = ("fixed labels", "0.5"), ("permuted", "C0"), ("permuted, ReDo", "C1")
@@ -50,9 +50,6 @@ def draw_panel(axis, arms, names, tag, smoke) -> list:
         axis.axvline(epoch, color="k", linestyle=":", linewidth=0.8)
     axis.set(xlabel="epoch", ylabel=LABELS[tag])
     axis.set_ylim(bottom=0)
-    if smoke:
-        text = dict(ha="center", va="center", rotation=20, color="red", alpha=0.6, transform=axis.transAxes)
-        axis.text(0.5, 0.5, "smoke: checks the plumbing, no result", **text)
     return rows
 
 
