@@ -2,19 +2,23 @@
 #   SCALE  smoke: a CPU, minutes, checks the plumbing only; small: one GPU, about an hour a run; paper: the paper's own size
 #   WORKERS  runs side by side (default 1)      EXTRA  flags for every new run, for instance --cudagraphs
 #   OUT      folder of the figure and its CSV (default runs/figures)
-# A run that is finished is skipped, one that was cut off is resumed; each has a log under runs/logs/. At the end stands
-# how many runs there were and which failed; the exit code is 1 when any did. --dry-run prints the commands.
+# First it says what the runs need. A run that is finished is skipped, so is one that another process works on; one that
+# was cut off is resumed; each has a log under runs/logs/. Ctrl-C and SIGTERM stop the runs, which save first. At the end
+# stands how many runs there were and which failed; the exit code is 1 when any did. --dry-run prints the commands.
 # On a cluster: benchmark/slurm.sh. What the sweeps of one script share is in its folder's runs.sh.
 set -euo pipefail
-name=$(basename "$(dirname "$(realpath "$0")")")_$(basename "$0" .sh) # <script>_<sweep>
+sweep_file=$(realpath "$0")
+name=$(basename "$(dirname "$sweep_file")")_$(basename "$sweep_file" .sh) # <script>_<sweep>
+[[ ${OUT:-/} = /* ]] || OUT=$PWD/$OUT
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-smoke} WORKERS=${WORKERS:-1} EXTRA=${EXTRA:-} OUT=${OUT:-runs/figures} DRY_RUN=""
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
-case "${1:-}" in
-  "") ;;
-  --dry-run) DRY_RUN=1 ;;
-  *) echo "$name: error: unknown argument $1 (only --dry-run is known)" >&2; exit 2 ;;
-esac
+for argument in "$@"; do
+  [ "$argument" = --dry-run ] || { echo "$name: error: unknown argument $argument (only --dry-run is known)" >&2; exit 2; }
+  DRY_RUN=1
+done
+[[ $WORKERS =~ ^[1-9][0-9]*$ ]] || { echo "$name: error: WORKERS=$WORKERS is not a number of runs" >&2; exit 2; }
+eval "extra=($EXTRA)" # as the shell reads it: with quotes
 case "$SCALE" in
   smoke | small | paper) ;;
   *) echo "$name: error: SCALE=$SCALE is none of smoke, small, paper" >&2; exit 2 ;;
@@ -23,6 +27,38 @@ esac
   { echo "$name: error: $(command -v python || echo python) has no torch and tyro; bash install.sh installs them" >&2; exit 1; }
 runs=0 skipped=0 failures=$(mktemp)
 trap 'rm -f "$failures"' EXIT
+[ -n "$DRY_RUN" ] || bash "$sweep_file" --dry-run | python benchmark/needs.py "$name" >&2 || true
+
+stop() { # stop EXIT_CODE: all runs save and end
+  trap "" INT TERM
+  echo "$name: stopping; the runs save, the same line goes on with them" >&2
+  local workers
+  workers=$(jobs -p)
+  [ -z "$workers" ] || kill -TERM $workers 2>/dev/null || true
+  wait
+  exit "$1"
+}
+trap "stop 130" INT
+trap "stop 143" TERM
+
+work() { # work LOG COMMAND ...: runs it and passes SIGTERM on to it; stopped runs have not failed
+  local log=$1 child code=0
+  shift
+  "$@" >>"$log" 2>&1 &
+  child=$!
+  trap 'kill -TERM $child 2>/dev/null || true' TERM
+  trap "" INT # Ctrl-C reaches the sweep, which sends SIGTERM
+  wait $child || code=$?
+  while kill -0 $child 2>/dev/null; do code=0 && wait $child || code=$?; done # after a signal
+  case $code in
+    0 | 130 | 143) ;;
+    *) echo "FAILED: see $log" | tee -a "$failures" >&2 ;;
+  esac
+}
+
+held() { # held FOLDER: another process works on this run
+  [ -e "$1lock" ] && ! python -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)' "$1lock" 2>/dev/null
+}
 
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]; ENV_ID is - for a study that has none
   local script=$1 env=$2 exp=$3 seed=$4 dir
@@ -31,24 +67,28 @@ run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]; ENV_ID is - for a study t
   local log="runs/logs/$folder.log"
   shift 4
   runs=$((runs + 1))
-  local command=(python "$script" --env-id "$env" --exp-name "$exp" --seed "$seed" "$@" $EXTRA)
-  if [ "$env" = - ]; then
-    command=(python "$script" --exp-name "$exp" --seed "$seed" "$@" $EXTRA)
-  fi
+  local environment=(--env-id "$env")
+  [ "$env" != - ] || environment=()
+  local command=(python "$script" "${environment[@]}" --exp-name "$exp" --seed "$seed" "$@" "${extra[@]}")
   for dir in runs/"$folder"__*/; do
     if [ -e "${dir}summary.json" ]; then
       skipped=$((skipped + 1))
       echo "finished: $dir"
       return
+    elif [ -z "$DRY_RUN" ] && held "$dir"; then
+      echo "HELD: another process works on $dir" | tee -a "$failures" >&2
+      return
     elif [ -e "${dir}checkpoint.pt" ]; then
       command=(python "$script" --resume "$dir")
     fi
   done
-  echo "${command[*]}"
+  local line
+  line=$(printf "%q " "${command[@]}")
+  echo "${line% }"
   [ -z "$DRY_RUN" ] || return 0
   mkdir -p runs/logs
   while [ "$(jobs -rp | wc -l)" -ge "$WORKERS" ]; do wait -n || true; done
-  { "${command[@]}" >>"$log" 2>&1 || { echo "FAILED: see $log" | tee -a "$failures" >&2; }; } &
+  work "$log" "${command[@]}" &
 }
 
 sweep() { # sweep SCRIPT NAME "ENV_IDS" "SEEDS" [flags ...] < variants, one a line: EXP_NAME_SUFFIX flags ...
@@ -66,8 +106,9 @@ draw() { # draw SCRIPT [arguments ...]: waits for the runs, then makes the figur
   echo python "$@" --out "$OUT/${name}_$SCALE"
   [ -z "$DRY_RUN" ] || return 0
   python "$@" --out "$OUT/${name}_$SCALE" || echo "FAILED: the figure" >>"$failures"
-  local failed
-  failed=$(grep -c "see runs" "$failures" || true)
-  echo "$name: of $runs runs $skipped were finished before, $((runs - skipped - failed)) are now, $failed failed"
+  local failed held
+  failed=$(grep -c "^FAILED: see runs" "$failures" || true)
+  held=$(grep -c "^HELD" "$failures" || true)
+  echo "$name: of $runs runs $skipped were finished before, $((runs - skipped - failed - held)) are now, $failed failed"
   [ ! -s "$failures" ] || { cat "$failures" >&2; exit 1; }
 }

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # A sweep as a Slurm array job, one task per run:
 #   SCALE=paper bash benchmark/slurm.sh benchmark/drm/fig6_hard.sh [--dry-run] [options of sbatch, as --gres=gpu:1 --time=1-0]
-# Two minutes before its time is up a run saves and stops. Call the same line again: it submits what is not finished, and
+# Five minutes before its time is up a run saves and stops. Call the same line again: it submits what is not finished, and
 # resumes what was cut off. When all are done, the sweep itself (SCALE=paper bash benchmark/drm/fig6_hard.sh) draws.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 sweep=${1:-}
 [ -f "$sweep" ] || { echo "slurm.sh: error: $sweep is not a sweep" >&2; exit 2; }
+sweep=$(realpath "$sweep")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shift
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
 name=$(basename "$(dirname "$sweep")")_$(basename "$sweep" .sh)_${SCALE:-smoke}
@@ -15,8 +16,8 @@ mkdir -p runs/slurm runs/logs
 commands=$(bash "$sweep" --dry-run)
 grep -E "^python (studies/)?[a-z0-9_]+\.py " <<<"$commands" >"$list" ||
   { echo "slurm.sh: all runs of $name are finished"; exit 0; }
-submit=(sbatch --array="1-$(wc -l <"$list")" --job-name="$name" --output="runs/logs/$name-%a.log" --signal=B:TERM@120)
+submit=(sbatch --array="1-$(wc -l <"$list")" --job-name="$name" --output="runs/logs/$name-%a.log" --signal=B:TERM@300)
 for option in "$@"; do
   if [ "$option" = --dry-run ]; then submit=(echo "${submit[@]}"); else submit+=("$option"); fi
 done
-"${submit[@]}" --wrap "exec \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list)"
+"${submit[@]}" --wrap "eval exec \"\$(sed -n \${SLURM_ARRAY_TASK_ID}p $list)\""

@@ -427,7 +427,7 @@ for i in $(seq ${array%-*} ${array#*-}); do SLURM_ARRAY_TASK_ID=$i bash -c "$com
     first = checkout("slurm", name, "--time=1", PATH=path)
     assert first.returncode == 0, first.stderr
     submitted = (tmp_path / "sbatch-arguments").read_text().splitlines()
-    assert {"--array=1-2", "--time=1", "--signal=B:TERM@120"} <= set(submitted)
+    assert {"--array=1-2", "--time=1", "--signal=B:TERM@300"} <= set(submitted)
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 2
     assert "of 2 runs 2 were finished before" in checkout("drqv2_plasticity/fig3_fau").stdout
     assert "all runs of drqv2_plasticity_fig3_fau_smoke are finished" in checkout("slurm", name, PATH=path).stdout

@@ -2,7 +2,7 @@
 # Ours: a switch in small, on a CPU: Cartpole Balance, pictures of 48 x 48, small heads, a check every 2 episodes and a
 # threshold of 0.005 instead of 50 and 0.001, 8000 steps. SCALE=small: two of the three runs took 40 minutes on two busy
 # cores, the one with replay ratio 2 throughout was not finished. paper: 3 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/adaptive_rr/runs.sh
 
 envs=dm_control/cartpole-balance-v0 seeds=1

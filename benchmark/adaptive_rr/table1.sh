@@ -3,7 +3,7 @@
 # settings of resets (after every tenth of 2M frames) and ReDo (the paper's threshold, every 1000 gradient steps) are our
 # guess; these arms are run by drqv2_plasticity.py, which is the same agent to the bit. Those with neither are the runs of
 # Fig. 9.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/adaptive_rr/runs.sh
 
 ratio_tiers "cheetah-run walker-run quadruped-run"

@@ -6,7 +6,7 @@
 # has as many weights as depth 16 and should lie below it (5.11, .64), 14,000 gradient steps at depth 4 take as long as
 # 6000 at depth 16 (5.10, .70). For the second maze and the second set of data: the same order, by at least 0.03.
 # SCALE=paper: 5 seeds, about 2 core-hours; small: seed 11 alone.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 name=crl_depth_offline_fig8 # the study is named, not the script
 
 seeds=11 flags="" long=14000

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 10: phi(s, a) along one successful episode, first three principal components, shallow and deep.
 # Expect, at paper scale: depth 4 puts an episode on a clump, depth 64 spreads it on a curved surface.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 case $SCALE in

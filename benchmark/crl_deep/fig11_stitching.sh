@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 11: training on start-goal pairs at most 3 cells apart, evaluated on goals 4 to 6 cells away.
 # Expect, at paper scale: depth 4 about 171, depth 16 about 240, depth 64 about 357 steps at the goal. Paper: 3 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 case $SCALE in

@@ -2,7 +2,7 @@
 # Main-text Fig. 12, how far depth goes: up to 1024 layers (there the actor stays at 512: at 1024 its loss explodes).
 # Expect, at paper scale (150M steps): Humanoid U-Maze about 3 (depth 4), 33 (64), 62 (256), 85-110 (1024).
 # The paper's second panel, humanoid_big_maze, runs for 100M steps: about 0.1 (4), 6.2 (256), 4.8 (512).
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 case $SCALE in

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 16: no LayerNorm, and ReLU instead of Swish, over depth.
 # Expect, at paper scale: both much worse, the more so the deeper. Paper: 3 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 depth_tiers

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 17: mean L2 norm of every block's residual, at the end of training.
 # Expect, at paper scale: falling with the block's index in both encoders, less so in the actor.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 case $SCALE in

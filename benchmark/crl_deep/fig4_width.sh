@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 4: width against depth. Wide networks of depth 4, and deep ones of width 256, on the final time at goal.
 # Expect, at paper scale: depth 8 beats most widths, at far fewer parameters. Paper: 3 seeds, humanoid for 200M steps.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 case $SCALE in

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 5: depth with and without the residual connections.
 # Expect, at paper scale: without them performance falls with depth. Paper: 3 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 depth_tiers

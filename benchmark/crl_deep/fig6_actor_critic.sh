@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 6: the actor's depth times the critic's, on the final time at goal.
 # Expect, at paper scale: both help; in Ant Big Maze the actor more, in Humanoid the critic. Paper: 3 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 depth_tiers

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 7: batch size times depth, on the final time at goal.
 # Expect, at paper scale: larger batches help deep networks, and do nothing for depth 4. Paper: 3 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 case $SCALE in

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 9: the critic over the U4 maze, shallow and deep.
 # Expect, at paper scale: depth 4 follows the straight line to the goal, depth 64 the corridor.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 case $SCALE in

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 2: environment steps until 200, 400 and 600 steps at the goal, LayerNorm against Simba-v2's hypersphere norm.
 # The paper, million steps: depth 16 64/75/- against 50/62/77; depth 32 54/64/77 against 42/48/67; depth 4 never.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 
 case $SCALE in

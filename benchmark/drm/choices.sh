@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ours: what paper and code leave open: the paper's "all parameters", one draw for critic and target, the actor alone; a
 # unit at the threshold counted or not.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drm/runs.sh
 
 drm_tiers hopper-hop

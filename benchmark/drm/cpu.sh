@@ -2,7 +2,7 @@
 # Ours: the dormant ratio and two perturbations on a CPU, keeping at most 0.9 or 0.6 of the weights: Cartpole Balance,
 # pictures of 48 x 48, heads of 256 units, batches of 64, a perturbation every 6000 steps instead of 100,000, 16,000
 # steps. SCALE=small: three runs of 20 to 22 minutes, two at a time, on two cores with OMP_NUM_THREADS=1. paper: 3 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drm/runs.sh
 
 drm_tiers hopper-hop

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 10: each mechanism taken out, and all three; then what the reviewers asked for: noise that never follows the decay, a
 # fixed perturb factor, a constant lambda. The paper ablates on Adroit; here it is Hopper Hop.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drm/runs.sh
 
 drm_tiers hopper-hop

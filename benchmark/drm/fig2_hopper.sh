@@ -2,7 +2,7 @@
 # Fig. 2: DrQ-v2 on Hopper Hop, the first million frames: the actor's dormant ratio and the return, with pictures of what
 # the agent does. In the paper the ratio falls while the return is still near 0; DrQ-v2's published seeds differ much in
 # when they take off, hence 8 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drm/runs.sh
 
 drm_tiers hopper-hop

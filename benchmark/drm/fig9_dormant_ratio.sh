@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 9: the dormant ratio of DrM and DrQ-v2 (the runs of Fig. 6). A perturbation every 200,000 frames shows as a jump.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drm/runs.sh
 
 drm_tiers "humanoid-run manipulator-bring_ball dog-walk" acrobot-swingup_sparse

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Appendix: the nine medium tasks, 3 million frames each. DrQ-v2 is run with DrM's batch and n-step on Walker Run (512, 3).
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drm/runs.sh
 
 drm_tiers "acrobot-swingup cartpole-swingup_sparse cheetah-run hopper-hop quadruped-run quadruped-walk reacher-easy

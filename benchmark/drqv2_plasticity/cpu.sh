@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ours: Cartpole Balance with and without augmentation on a CPU: 20,000 steps (40,000 frames), batches of 64 instead of 256,
 # bfloat16. SCALE=small: with WORKERS=2 OMP_NUM_THREADS=1 on two cores about an hour. paper: 3 seeds.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 envs=dm_control/cartpole-balance-v0 seeds=1

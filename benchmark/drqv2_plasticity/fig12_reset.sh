@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 12: Fig. 1 on six more tasks (which ones is our guess), the paper's 10 resets: 9 in effect.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "hopper-hop reacher-hard quadruped-walk"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 13: the number of resets; the effect depends strongly on it. The list of numbers (the paper's 10 is 9 in effect, the
 # tenth falls on the end of the run) and Walker Run are our guess.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "quadruped-run walker-run"

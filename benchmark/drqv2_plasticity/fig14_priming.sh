@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 14: heavy priming: 100,000 gradient steps on the first 2000 transitions. Ruinous without augmentation, mostly
 # harmless with it. Which tasks is our guess.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run quadruped-run"

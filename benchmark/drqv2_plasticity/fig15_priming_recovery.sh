@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 15: augmentation while priming x augmentation afterwards; augmentation afterwards recovers. Tasks: our guess. All of
 # the priming comes at the first step that learns, so a switch at the next one divides the two.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run quadruped-run"

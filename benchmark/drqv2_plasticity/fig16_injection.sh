@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 16: Fig. 5 on Cheetah Run and Quadruped Run.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run quadruped-run"

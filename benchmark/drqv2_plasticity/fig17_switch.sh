@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 17: Fig. 6 on six more tasks. Which ones, and that the tasks of 1M frames switch after a third, too, is our guess.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "hopper-hop reacher-hard quadruped-walk"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 18: Fig. 3 on Walker Stand, Walker Walk, Walker Run and Reacher Hard.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "walker-stand walker-walk walker-run reacher-hard"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 19: Fig. 3 on Hopper Stand, Hopper Hop, Finger Spin, Quadruped Walk and Quadruped Run.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "hopper-stand hopper-hop finger-spin quadruped-walk quadruped-run"

@@ -2,7 +2,7 @@
 # Fig. 1: data augmentation x resets. Without augmentation resets help a lot; with it they help little or harm.
 # The paper's 10 resets: 9 in effect, the tenth falls on the end of the run (5 on Quadruped Run, where 10 let it collapse:
 # 4). Trunks and heads are reset, as in the code of Nikishin et al.; their text says the last layers.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fig. 20: Fig. 3 seed by seed, on six tasks.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run quadruped-walk quadruped-run hopper-hop reacher-hard"

@@ -3,7 +3,7 @@
 # Expect, at paper scale: augmentation 891, layer norm 655, CReLU 429, shrink-and-perturb 312, L2-Init 301, spectral norm
 # 254, weight decay 241, none about 270. What the paper leaves open is our choice, see the help of the flags; the bars show the
 # critic's metrics, the paper does not say whose its are.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run"

@@ -6,7 +6,7 @@
 # least 0.03 from 20,000 steps on, with a spread of the seeds of about 0.01; the encoder's are equal. (One run of each with
 # seed 101 gave 0.546 against 0.476 at 22,500 steps; encoder 0.385 and 0.386 at 42,500.) What came: a spread of 0.045, so
 # three seeds cannot tell, see README.md beside this. paper: 5 seeds, 100,000 steps.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 envs=dm_control/walker-walk-v0 seeds="1 2 3" steps=30000

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 3: return and fraction of active units of encoder, actor and critic, with and without augmentation.
 # Expect, at paper scale, on Walker Run at 0.3 / 1 / 3M frames: critic .433 / .462 / .418 with, .300 / .258 / .204 without.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "walker-run quadruped-run"

@@ -2,7 +2,7 @@
 # Fig. 5: plasticity injection into actor or critic at a third of the training, where augmentation is switched on in the
 # runs that began without it. Expect, at paper scale, at 3M frames: without augmentation before, no injection 230, actor
 # 290, critic 635; with augmentation always, 757 to 772.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "walker-run"

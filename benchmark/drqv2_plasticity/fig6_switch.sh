@@ -2,7 +2,7 @@
 # Fig. 6: augmentation switched on or off after a third of the training (1M frames). Expect, at paper scale, at 3M frames,
 # always / before only / never / after only: Cheetah 880, 865, 270, 275; Walker 757, 760, 165, 230; Quadruped 640, 555, 250,
 # 300. So early augmentation is what counts.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run quadruped-run"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 7: replay ratio 0.5 (augmentation), 1, 2, 4, all with augmentation: 1 is best or as good, then it gets worse.
 # Which tasks is our guess. Expect, at paper scale, at 2M frames, for 0.5 / 2: 828 / 793, 710 / 709, 579 / 417.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "cheetah-run walker-run quadruped-run"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 8: the critic's fraction of active units by replay ratio, Quadruped Run. Expect, at paper scale, at 0.3 / 1 / 3M
 # frames: replay ratio 0.5 .415 / .453 / .382, replay ratio 2 .338 / .300 / .221; at 4 it does not recover.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "quadruped-run"

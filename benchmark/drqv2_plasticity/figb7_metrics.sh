@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Appendix B.7: weight norm and feature rank of encoder, actor and critic with and without augmentation (definitions: ours).
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 
 pixel_tiers "walker-stand quadruped-run"

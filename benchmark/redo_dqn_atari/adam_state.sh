@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Not in the paper: what Adam forgets about recycled neurons, at replay ratio 1 on DemonAttack. The control arm resets
 # Adam's step count every 1000 gradient steps and recycles nothing; flatten has the official code's wrong mask.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers ALE/DemonAttack-v5 2500000

@@ -3,7 +3,7 @@
 # Expect, at paper scale: DQN 0.655, 0.69, 0.555, 0.345; ReDo 0.69, 0.725, 0.727, 0.565.
 # Officially ReDo ends at gradient step 2.5M (difference 9 in the script): of replay ratio 2's 4.96M the second half is
 # plain DQN there, here ReDo goes on. To end it, too, add --redo-end-gradient-steps 2500000 to the arm rr2-redo.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES17" 2500000

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 11: a lower learning rate at replay ratio 1: IQM and dormant neurons.
 # Expect, at paper scale: a quarter of the learning rate helps DQN some; about 40% dormant instead of 47%, ReDo 10%.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES17" 2500000

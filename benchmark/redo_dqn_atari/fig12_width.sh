@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 12: networks of 1, 2 and 4 times the width at replay ratio 1: IQM, and dormant neurons (tau 0.1) on DemonAttack.
 # Expect, at paper scale: DQN 0.30, 0.375, 0.33 with 47, 52, 55% dormant; ReDo 0.625, 0.695, 0.71 with 11-12%.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES17" 2500000

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 24: the number of states that the scores are taken over hardly changes the share of dormant neurons (with ReDo).
 # Expect, at paper scale: approximately the same curves. Paper: five games.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES5" 2500000
