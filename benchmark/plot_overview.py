@@ -9,18 +9,18 @@ from pathlib import Path
 from plotting import panels, read_rows, save
 
 BENCHMARK = Path(__file__).resolve().parent
-# title, y axis, CSV (<script>_cpu_small), environment, tag, {arm: label}
+# title, y axis, CSV (<script>_cpu_small), environment, tag, {arm: label}: the baseline (blue), the method (orange)
 PANELS = (
     ("redo_dqn_atari.py: recycling dormant neurons\nRoadRunner, replay ratio 1", "dormant neurons (tau 0.1)",
      "redo_dqn_atari_cpu_small", "ALE/RoadRunner-v5", "dormant_ratio_tau0.1/all",
      {"dqn": "DQN", "redo": "ReDo"}),
     ("drqv2_plasticity.py: data augmentation\nCartpole Balance", "return", "drqv2_plasticity_cpu_small",
-     "dm_control/cartpole-balance-v0", "return", {"augmentation": "with augmentation", "plain": "without"}),
+     "dm_control/cartpole-balance-v0", "return", {"plain": "without", "augmentation": "with augmentation"}),
     ("adaptive_rr.py: learn more when this settles\nCartpole Balance (switch at 14)", "the critic's active units",
      "adaptive_rr_cpu_small", "dm_control/cartpole-balance-v0", "fau/critic",
-     {"adaptive": "adaptive replay ratio", "static0.5": "replay ratio 0.5"}),
+     {"static0.5": "replay ratio 0.5", "adaptive": "adaptive replay ratio"}),
     ("drm.py: steered by the dormant ratio\nCartpole Balance (perturbed at 12 and 24)", "the actor's dormant ratio",
-     "drm_cpu_small", "dm_control/cartpole-balance-v0", "drm/dormant_ratio", {"drm-0.6": "DrM", "drqv2": "DrQ-v2"}),
+     "drm_cpu_small", "dm_control/cartpole-balance-v0", "drm/dormant_ratio", {"drqv2": "DrQ-v2", "drm-0.6": "DrM"}),
 )  # fmt: skip
 
 

@@ -17,7 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import aligned, colours, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
 
-LABELS = {"plain": "no augmentation"}
+LABELS = {
+    "plain": "no augmentation", "augmentation": "with augmentation", "static0.5": "replay ratio 0.5",
+    "static2": "replay ratio 2", "adaptive": "adaptive replay ratio", "drqv2": "DrQ-v2", "drm": "DrM",
+    "drm-0.6": "DrM, alpha at most 0.6",
+}  # fmt: skip
 STARS = "the paper, read from its figures"
 EVENTS = ("events/reset", "events/perturb_factor", "events/injection")
 FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
@@ -136,7 +140,7 @@ def note_of(rows, stars=STARS) -> str:
     notes = ["Returns: evaluations."] * any(row["tag"] == "return" for row in rows)
     notes += ["Bands: 95% bootstrap intervals over seeds."] * any(kind not in (1, "paper", "event") for kind in kinds)
     notes += [f"Stars: {stars}."] * ("paper" in kinds)
-    notes += ["Dotted: resets, perturbations, injections."] * ("event" in kinds)
+    notes += ["Dotted: here the weights were edited."] * ("event" in kinds)
     jump = any("inject" in str(row["arm"]) and row["tag"] == "fau/critic" for row in rows)
     notes += ["After an injection, only the new head counts as active or not: the FAU jumps."] * jump
     return " ".join([*notes, "Axes need not start at 0."])
@@ -150,8 +154,11 @@ def curves(rows, arms, out, stars=STARS) -> None:
     tags = len({tag for _, tag in grouped})
     columns = tags if tags > 1 else min(3, len(grouped))
     figure, axes = panels(len(grouped), columns=min(4, columns))
-    for axis, part in zip(axes, grouped.values()):
+    for i, (axis, part) in enumerate(zip(axes, grouped.values())):
         draw_curves(axis, part, arms)
+        if i % columns and tags > 1:  # the row's title and legend stand on its first panel
+            axis.set_title("")
+            axis.get_legend().remove()
     save(figure, rows, out, note_of(rows, stars))
 
 
