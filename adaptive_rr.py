@@ -64,7 +64,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -730,6 +730,8 @@ def check_args(args: Args) -> tuple:
         refuse("total_timesteps", args.total_timesteps, f"must be more than --learning-starts {args.learning_starts}")
     if args.rr_switch_step is not None and args.rr_threshold != Args.rr_threshold:
         refuse("rr_threshold", args.rr_threshold, "does nothing with --rr-switch-step")
+    with suppress(ImportError):
+        import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
     try:
         env = make_env(args.env_id, args.image_size)
         env.reset(seed=0)

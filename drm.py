@@ -71,7 +71,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -864,6 +864,8 @@ def check_args(args: Args) -> tuple:
     if given and args.perturb_every >= args.total_timesteps:
         refuse("perturb_every", args.perturb_every, f"must be less than --total-timesteps {args.total_timesteps}")
     check_idle(args)
+    with suppress(ImportError):
+        import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
     try:
         env = make_env(args.env_id, args.image_size)
         env.reset(seed=0)

@@ -65,7 +65,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -1001,6 +1001,8 @@ def check_args(args: Args) -> tuple:
     for name, other in NEEDS.items():
         if getattr(args, name) != getattr(Args, name) and getattr(args, other) == getattr(Args, other):
             refuse(name, getattr(args, name), f"does nothing without --{other.replace('_', '-')}")
+    with suppress(ImportError):
+        import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
     try:
         env = make_env(args.env_id, args.image_size)
         env.reset(seed=0)

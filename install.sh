@@ -42,9 +42,10 @@ if [ ${#packages[@]} -gt 0 ]; then
 fi
 
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv # anew, if it was left half-made
-pip=(.venv/bin/python -m pip install -q --disable-pip-version-check --retries 2)
-if [ "${GPU:-0}" != 1 ] && { [ "${CPU:-0}" = 1 ] || ! command -v nvidia-smi >/dev/null; } && [ "$(uname)" = Linux ]; then
-  pip+=(--extra-index-url https://download.pytorch.org/whl/cpu) # where it cannot be reached, pip takes what it finds
+pip=(.venv/bin/python -m pip install -q --disable-pip-version-check)
+if [ "${GPU:-0}" != 1 ] && { [ "${CPU:-0}" = 1 ] || ! command -v nvidia-smi >/dev/null; } && [ "$(uname)" = Linux ] &&
+  ! cmp -s requirements.txt .venv/installed-requirements.txt; then # where PyTorch's index cannot be reached, from PyPI
+  "${pip[@]}" --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(grep ^torch== requirements.txt)"
 fi
 for requirements in requirements.txt ${EXTRA_REQUIREMENTS:-}; do # only what changed since it was last installed
   stamp=.venv/installed-${requirements//\//-}

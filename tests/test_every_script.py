@@ -536,3 +536,17 @@ def test_the_limit_of_a_container_is_respected(monkeypatch, capsys, limit, cappe
         with pytest.raises(SystemExit):
             run(rr, "--env-id", "dm_control/cartpole-balance-v0", "--buffer-device", "cpu")
         assert "cpu has 1.0 GB" in capsys.readouterr().err
+
+
+@pixel_scripts
+def test_triton_is_there_before_a_renderer(script, tmp_path):
+    """CUDA builds of torch import it late; after Mesa's LLVM that is a segmentation fault (seen with Python 3.13)."""
+    (tmp_path / "triton.py").touch()
+    code = f"""
+import sys
+sys.path[:0] = [{str(Path(script.__file__).parent)!r}, {str(tmp_path)!r}]
+import {script.SCRIPT} as script
+script.make_env = lambda *_: sys.exit(0 if "triton" in sys.modules else 1)
+script.check_args(script.Args(device="cpu", buffer_device="cpu", buffer_size=1000))
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0

@@ -309,7 +309,7 @@ def test_install_repairs_a_venv_that_was_left_half_made(tmp_path):
     environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "CPU": "1"}
     subprocess.run(["bash", "install.sh"], cwd=tmp_path, env=environment, check=True, capture_output=True)
     asked = (tmp_path / "asked").read_text()
-    assert "download.pytorch.org/whl/cpu -r requirements.txt" in asked
+    assert "download.pytorch.org/whl/cpu torch==2" in asked and "check -r requirements.txt" in asked
     assert ("--no-deps dm_control==1.0.50" in asked) == (sys.version_info >= (3, 13))
 
 
