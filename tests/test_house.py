@@ -280,6 +280,34 @@ def test_install_names_the_python_it_needs(tmp_path):
     assert done.returncode == 1 and done.stderr == "install.sh: needs Python 3.11 to 3.14; found: Python 3.9.2\n"
 
 
+def test_uv_runs_a_copied_file(tmp_path):
+    if not shutil.which("uv"):
+        pytest.skip("uv is not installed")
+    shutil.copy(ROOT / "drm.py", tmp_path)
+    done = subprocess.run(["uv", "run", "drm.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    if "torch" in done.stderr and done.returncode:
+        pytest.skip("uv sees no wheel of torch here")
+    assert done.returncode == 0 and "--dormant-tau" in done.stdout, done.stderr
+
+
+def test_no_link_of_a_readme_is_broken():
+    """Files, and headings as GitHub names them."""
+
+    def anchors(path):
+        lines = re.sub("```.*?```", "", path.read_text(), flags=re.S).splitlines()
+        titles = [line.lstrip("# ") for line in lines if line.startswith("#")]
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    pages, broken = [ROOT / "README.md", *(ROOT / "benchmark").rglob("README.md")], []
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append((str(page.relative_to(ROOT)), link))
+    assert not broken and len(pages) == 7
+
+
 def test_install_says_that_windows_is_not_supported(tmp_path):
     done = install(tmp_path, uname="echo MINGW64_NT-10.0")
     assert done.returncode == 1 and done.stderr.startswith("install.sh: Windows is not supported")
