@@ -206,7 +206,7 @@ def test_detectors_replayed_on_logged_runs():
     write_run("rr-small-static2", 1, [0.0] * 13, env_id="dm_control/quadruped-run-v0", **options)
     fau = {30: 0.3, 40: 0.2, **{10 * episode: 0.25 for episode in range(5, 13)}}
     write_scalars(
-        "runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__reference={30: 0.5}, plasticity__fau__critic=fau
+        "runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__reference={30: 0.5}, fau__critic=fau
     )
     rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
     frames = {(row["check_episodes"], row["threshold"]): row["switch_frame"] for row in read_csv("out.csv")}
@@ -257,7 +257,7 @@ def test_dotted_lines_where_weights_were_perturbed(monkeypatch):
     lines = []
     monkeypatch.setattr(matplotlib.axes.Axes, "axvline", lambda self, x, **style: lines.append(x))
     pixel_run("augmentation", 1, [0.5, 0.4, 0.3])
-    write_scalars("runs/walker-run__drqv2-small-augmentation__1__0", plasticity__perturb_factor={50_001: 0.3, 9: 0.2})
+    write_scalars("runs/walker-run__drqv2-small-augmentation__1__0", events__perturb_factor={50_001: 0.3, 9: 0.2})
     rows = plot_drq.all_rows(plotting.load_runs("drqv2-small-*"), ["fau/critic"])
     plot_drq.curves(rows, ["augmentation"], "out")
     assert sorted(lines) == [18 / 1e6, 100_002 / 1e6]
