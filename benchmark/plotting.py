@@ -158,7 +158,8 @@ def save(figure, rows: list, out: str, note: str = "") -> None:
     """Writes <out>.png with a note below, and the numbers behind it as <out>.csv (dicts with the same keys)."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     if out.endswith("_smoke"):  # as sweeps call it
-        text = dict(ha="center", va="center", rotation=20, color="red", alpha=0.5, size=20, zorder=10)
+        text = dict(ha="center", va="center", rotation=20, color="red", alpha=0.5, zorder=10)
+        text["size"] = min(20, 3 * figure.get_figwidth())
         figure.text(0.5, 0.5, "smoke: checks the plumbing, no result", **text)
     if not figure.get_constrained_layout():
         figure.tight_layout()

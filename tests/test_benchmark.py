@@ -205,9 +205,7 @@ def test_detectors_replayed_on_logged_runs():
     options = dict(tag="charts/episodic_return", folder="quadruped-run", action_repeat=2)
     write_run("rr-small-static2", 1, [0.0] * 13, env_id="dm_control/quadruped-run-v0", **options)
     fau = {30: 0.3, 40: 0.2, **{10 * episode: 0.25 for episode in range(5, 13)}}
-    write_scalars(
-        "runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__reference={30: 0.5}, fau__critic=fau
-    )
+    write_scalars("runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__reference={30: 0.5}, fau__critic=fau)
     rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
     frames = {(row["check_episodes"], row["threshold"]): row["switch_frame"] for row in read_csv("out.csv")}
     # The checks after episodes 4 and 8 (steps 30 and 70) see 0.3 and 0.25, the one after episode 6 (step 50) too
@@ -279,10 +277,11 @@ def test_the_overview_is_that_of_the_results():
 
 
 def test_footnotes_name_only_what_is_there():
-    row = dict(tag="return", arm="plain", seeds=1, frames=1, mean=1)
+    row = dict(env_id="x", tag="return", arm="plain", seeds=1, frames=1, mean=1)
     assert plot_drq.note_of([row]) == "Returns: evaluations. Axes need not start at 0."
     more = plot_drq.note_of([row, row | dict(seeds=5), row | dict(seeds="paper"), row | dict(seeds="event")])
     assert all(word in more for word in ("Bands", "Stars", "Dotted"))
+    assert "Stars" not in plot_drq.note_of([row, row | dict(seeds="paper", frames=2)])  # beyond the picture
     injected = plot_drq.note_of([row | dict(arm="switch-on-inject-critic", tag="fau/critic")])
     assert "only the new head counts" in injected and "only the new head" not in more
 

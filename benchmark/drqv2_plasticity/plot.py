@@ -139,7 +139,11 @@ def note_of(rows, stars=STARS) -> str:
     kinds = {row["seeds"] for row in rows}
     notes = ["Returns: evaluations."] * any(row["tag"] == "return" for row in rows)
     notes += ["Bands: 95% bootstrap intervals over seeds."] * any(kind not in (1, "paper", "event") for kind in kinds)
-    notes += [f"Stars: {stars}."] * ("paper" in kinds)
+    ends = {}
+    for row in (row for row in rows if row["seeds"] not in ("paper", "event")):
+        ends[row["env_id"]] = max(row["frames"], ends.get(row["env_id"], 0))
+    near = any(row["seeds"] == "paper" and row["frames"] <= 1.05 * ends[row["env_id"]] for row in rows)
+    notes += [f"Stars: {stars}."] * near
     notes += ["Dotted: here the weights were edited."] * ("event" in kinds)
     jump = any("inject" in str(row["arm"]) and row["tag"] == "fau/critic" for row in rows)
     notes += ["After an injection, only the new head counts as active or not: the FAU jumps."] * jump
