@@ -547,10 +547,8 @@ def restart_adam(optimizer) -> None:
 
 
 def perturb_agent(agent, optimizers, args, generator) -> torch.Tensor:
-    """Perturbs what --perturb-scope says, by the agent's dormant ratio -> alpha. If it is NaN, nothing is changed."""
+    """Perturbs what --perturb-scope says, by the agent's dormant ratio -> alpha. If it is NaN, all weights stay."""
     factor = perturb_factor(agent.dormant_ratio, args.perturb_rate, args.min_perturb_factor, args.max_perturb_factor)
-    if not factor.isfinite():
-        return factor
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm) if args.perturb_scope == "all" else nn.Linear
     networks = [agent.actor, agent.critic, agent.critic_target, agent.encoder, agent.value]
     if args.perturb_scope == "actor":
@@ -560,7 +558,7 @@ def perturb_agent(agent, optimizers, args, generator) -> torch.Tensor:
         if network is agent.critic_target and args.perturb_target == "same":
             generator.set_state(before)
         before = generator.get_state()
-        perturb(network, factor, generator, kinds)
+        perturb(network, factor.nan_to_num(1.0), generator, kinds)
     for optimizer in optimizers:
         restart_adam(optimizer)
     return factor

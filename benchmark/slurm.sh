@@ -5,7 +5,8 @@
 # resumes what was cut off. When all are done, the sweep itself (SCALE=paper bash benchmark/drm/fig6_hard.sh) draws.
 set -euo pipefail
 sweep=${1:-}
-[ -f "$sweep" ] || { echo "slurm.sh: error: $sweep is not a sweep" >&2; exit 2; }
+[ -f "$sweep" ] || sweep=$(dirname "${BASH_SOURCE[0]}")/../$sweep # from the top of the repository
+[ -f "$sweep" ] || { echo "slurm.sh: error: ${1:-nothing} is not a sweep" >&2; exit 2; }
 sweep=$(realpath "$sweep")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shift

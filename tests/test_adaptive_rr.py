@@ -248,11 +248,13 @@ def test_nothing_waits_for_the_device_at_every_update(serial, monkeypatch):
 
 
 def test_a_golden_run(serial):
-    """Losses after 200 steps, stored on 2026-11-24 from a run that was bit-identical to the script's first version."""
+    """Losses up to step 200, stored on 2026-11-24 from a run that was bit-identical to the script's first version. What
+    CPUs round differently grows: with AVX-512 step 200 is off by 9e-4 of the numbers from a CPU without it."""
     flags = ["--env-id", "pixel_env:Dot64-v0", "--total-timesteps", 200]
     logged = scalars(run(*ADAPTIVE, *EAGER, *flags))
     for tag, values in GOLDEN.items():
-        assert {step: logged[tag][step] for step in values} == pytest.approx(values, rel=1e-4), tag
+        for step, value in values.items():
+            assert logged[tag][step] == pytest.approx(value, rel=1e-4 if step <= 40 else 5e-3), (tag, step)
 
 
 def test_static_is_drqv2_of_the_study(serial, monkeypatch):
