@@ -45,7 +45,7 @@ fi
 pip=(.venv/bin/python -m pip install -q --disable-pip-version-check)
 if [ "${GPU:-0}" != 1 ] && { [ "${CPU:-0}" = 1 ] || ! command -v nvidia-smi >/dev/null; } && [ "$(uname)" = Linux ] &&
   ! cmp -s requirements.txt .venv/installed-requirements.txt; then # where PyTorch's index cannot be reached, from PyPI
-  "${pip[@]}" --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(grep ^torch== requirements.txt)"
+  "${pip[@]}" --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(grep ^torch== requirements.txt)"
 fi
 for requirements in requirements.txt ${EXTRA_REQUIREMENTS:-}; do # only what changed since it was last installed
   stamp=.venv/installed-${requirements//\//-}
