@@ -276,6 +276,13 @@ def test_the_overview_is_that_of_the_results():
     assert {row["panel"] for row in read_csv("out.csv")} == {panel[2] for panel in plot_overview.PANELS}
 
 
+def test_arms_in_the_papers_words():
+    assert plot_drq.name_of("plain-reset9") == "no augmentation, 9 resets"
+    assert plot_drq.name_of("switch-on-inject-critic") == "augmentation switched on, injection: critic"
+    assert plot_drq.name_of("primed-augmentation") == "primed, with augmentation"
+    assert plot_drq.name_of("layer-norm") == "layer norm"
+
+
 def test_footnotes_name_only_what_is_there():
     row = dict(env_id="x", tag="return", arm="plain", seeds=1, frames=1, mean=1)
     assert plot_drq.note_of([row]) == "Returns: evaluations. Axes need not start at 0."

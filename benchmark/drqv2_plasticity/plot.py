@@ -11,6 +11,7 @@ injections. Each figure is written as PNG with the CSV behind it; --csv draws cu
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from plotting import aligned, colours, frames_unit, group, load_runs, mean_and_b
 LABELS = {
     "plain": "no augmentation", "augmentation": "with augmentation", "static0.5": "replay ratio 0.5",
     "static2": "replay ratio 2", "adaptive": "adaptive replay ratio", "drqv2": "DrQ-v2", "drm": "DrM",
-    "drm-0.6": "DrM, alpha at most 0.6",
+    "drm-0.6": "DrM, alpha at most 0.6", "switch-on": "augmentation switched on",
+    "switch-off": "augmentation switched off",
 }  # fmt: skip
+SUFFIXES = {r"-inject-(\w+)$": r", injection: \1", r"-reset(\d+)$": r", \1 resets"}
 STARS = "the paper, read from its figures"
 EVENTS = ("events/reset", "events/perturb_factor", "events/injection")
 FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
@@ -83,6 +86,14 @@ def full_tag(tag: str) -> str:
     return "eval/episodic_return" if tag == "return" else tag
 
 
+def name_of(arm: str) -> str:
+    """An arm in the paper's words: plain-reset9 -> no augmentation, 9 resets."""
+    for pattern, words in SUFFIXES.items():
+        if found := re.search(pattern, arm):
+            return name_of(arm[: found.start()]) + found.expand(words)
+    return f"primed, {name_of(arm[7:])}" if arm.startswith("primed-") else LABELS.get(arm, arm.replace("-", " "))
+
+
 def label_of(tag: str) -> str:
     named = {"drm/dormant_ratio": "DrM's dormant ratio", "drm/stddev": "exploration noise", "drm/lambda": "lambda"}
     for start, text in (("fau/", "active units, "), ("charts/", ""), ("dormant_ratio_tau", "dormant neurons, tau ")):
@@ -112,7 +123,7 @@ def draw_curves(axis, rows, arms) -> None:
     end = max((row["frames"] for row in ours), default=0)
     size, unit = frames_unit(end)
     for name in [name for name in arms if any(row["arm"] == name for row in ours)]:
-        color, label = colours(arms)[name], LABELS.get(name, name)
+        color, label = colours(arms)[name], name_of(name)
         for seed in dict.fromkeys(row["seed"] for row in ours if row["arm"] == name):
             line = [row for row in ours if (row["arm"], row["seed"]) == (name, seed)]
             x, mean, low, high = zip(*((row["frames"] / size, row["mean"], row["low"], row["high"]) for row in line))
@@ -186,7 +197,7 @@ def bars(runs, arms, tags, out) -> None:
         axes[0].plot([y for _, y in paper], [place] * len(paper), "k*", ms=7)
         rows.append(dict(env_id=env_id, arm=name, tag="last return", seeds=len(seeds), seed="", frames=int(frames[-1]),
                          mean=mean, low=low, high=high))  # fmt: skip
-    axes[0].set_yticks(range(len(arms)), [LABELS.get(name, name) for name in arms])
+    axes[0].set_yticks(range(len(arms)), [name_of(name) for name in arms])
     axes[0].invert_yaxis()
     axes[0].set(
         title=f"{env_id.removeprefix('dm_control/')}, last return\nstars: the paper at 3M frames", xlabel="return"
