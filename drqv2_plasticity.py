@@ -942,11 +942,7 @@ def train(args: Args) -> Path:
         if done:
             metrics |= {"charts/episodic_return": episode_return, "charts/episodic_length": steps}
             run.bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
-        if (
-            gradient_steps
-            and len(replay)
-            and global_step // args.plasticity_every > start_step // args.plasticity_every
-        ):
+        if updates and global_step // args.plasticity_every > start_step // args.plasticity_every:
             obs, action, *_ = (x.to(device) for x in replay.sample(args.plasticity_batch_size, look_rng))
             metrics |= measure_modules(agent, obs, action)
         run.log(global_step, metrics)

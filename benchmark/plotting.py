@@ -1,5 +1,6 @@
 """What every plotting script needs: runs read from their TensorBoard events, means with confidence bands, files."""
 
+import argparse
 import csv
 import importlib.util
 import itertools
@@ -75,6 +76,16 @@ def load_runs(pattern: str, folder: str = "runs") -> list:
     if not runs:
         raise SystemExit(f"error: no run under {folder}/ has an --exp-name that matches {pattern}")
     return [runs[key] for key in sorted(runs)]
+
+
+def asked(description: str) -> tuple:
+    """The command line of a script that draws one figure -> the runs, and the path of the picture without ending."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
+    parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
+    parser.add_argument("--folder", default="runs", help="the folder of the runs")
+    arguments = parser.parse_args()
+    return load_runs(arguments.runs, arguments.folder), arguments.out
 
 
 def group(runs: list, key) -> dict:

@@ -6,7 +6,6 @@ Held-out loss and goals reached over depth, with the controls; the critic over t
 depth. A PNG with the CSV behind it.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import group, load_runs, mean_and_band, panels, save, seeds_text
+from plotting import asked, group, mean_and_band, panels, save, seeds_text
 
 TAGS = {"eval/nce": "held-out loss (InfoNCE)", "eval/success": "share of the goals reached"}
 FIELDS = ("maze", "data_seed", "gradient_steps", "width", "depth")  # what the arms differ in
@@ -117,14 +116,5 @@ def draw(runs, out) -> None:
          f"{maps[0].args['seed']}, star: the goal, each in its own colours.")  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
-    parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
-    parser.add_argument("--folder", default="runs", help="the folder of the runs")
-    arguments = parser.parse_args()
-    draw(load_runs(arguments.runs, arguments.folder), arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    draw(*asked(__doc__))

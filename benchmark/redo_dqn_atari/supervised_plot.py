@@ -5,13 +5,12 @@
 Dormant neurons and training accuracy over epochs, mean and 95% bootstrap band over seeds: a PNG with the CSV behind it.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, group, load_runs, mean_and_band, panels, save, seeds_text
+from plotting import aligned, asked, group, mean_and_band, panels, save, seeds_text
 
 DORMANT, ACCURACY = "dormant_ratio_tau0/all", "charts/accuracy"
 LABELS = {DORMANT: "dormant neurons (tau = 0)", ACCURACY: "training accuracy"}
@@ -68,14 +67,5 @@ def draw(runs, out) -> None:
     save(figure, rows, out, note + (" Stars: the paper (CIFAR-10, 3 seeds), in both rows." if not smoke else ""))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
-    parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
-    parser.add_argument("--folder", default="runs", help="the folder of the runs")
-    arguments = parser.parse_args()
-    draw(load_runs(arguments.runs, arguments.folder), arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    draw(*asked(__doc__))
