@@ -87,7 +87,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: bool = True  # save the replay, too, until the run is finished; else a resumed run refills it
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -965,7 +965,7 @@ class Run:
         if device.type == "cuda":
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
-        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay
+        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
         self.start_time = time.time()
@@ -1069,7 +1069,7 @@ class Run:
     def save(self, **counters) -> None:
         content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
         for name, part in self.parts.items():
-            if name != "replay" or (self.keep_replay and not self.finished):
+            if name != "replay" or self.keep_replay:
                 content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         with self.disk():
             self.writer.flush()
@@ -1105,7 +1105,7 @@ class Run:
             if self.args.save_model:
                 save_file(self.dir / "model.pt", module.state_dict())
             save_file(self.dir / "summary.json", results | dict(walltime=self.walltime()))
-        self.finished = True
+        self.finished, self.keep_replay = True, self.args.checkpoint_replay == "always"
         print(f"{self.dir}: mean return {results['eval/episodic_return']:.1f}")
 
     def close(self) -> None:

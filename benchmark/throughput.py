@@ -185,11 +185,11 @@ def measure_pixels(env_id, options) -> dict:
 # mass): module, steps per unit of --work, steps before learning, flags
 NEVER = "1000000000"
 PIXEL_RUN = f"""--env-id dm_control/quadruped-run-v0 --learning-starts 300 --exploration-steps 300 --batch-size 256
-    --buffer-size 5000 --eval-every {NEVER} --eval-episodes 1 --no-checkpoint-replay"""
+    --buffer-size 5000 --eval-every {NEVER} --eval-episodes 1 --checkpoint-replay never"""
 RUNS = {
     "crl_deep": (crl, 8, 100_000, f"--env-id point_u_maze --eval-every {NEVER} --eval-episodes 8"),
     "redo_dqn_atari": (redo, 5, 1000, f"--learning-starts 1000 --buffer-size 5000 --max-episode-steps 200 --eval-every "
-                       f"{NEVER} --eval-steps 1 --eval-envs 1 --dormant-every {NEVER} --no-checkpoint-replay"),
+                       f"{NEVER} --eval-steps 1 --eval-envs 1 --dormant-every {NEVER} --checkpoint-replay never"),
     "drqv2_plasticity": (drq, 25, 300, f"{PIXEL_RUN} --plasticity-every {NEVER}"),
     "adaptive_rr": (rr, 25, 300, f"{PIXEL_RUN} --rr-high 0.5"),  # they log once per episode, 500 steps
     "drm": (drm, 25, 300, PIXEL_RUN),

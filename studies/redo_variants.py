@@ -11,14 +11,22 @@
 #     "moviepy==2.2.1",
 # ]
 # ///
-"""What Adam remembers of recycled neurons: a side study of The Dormant Neuron Phenomenon in Deep Reinforcement Learning
-(Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902). The paper itself is in redo_dqn_atari.py.
+"""Variants of ReDo and of pruning: Figs. 6, 15, 22, 23 and 25 of The Dormant Neuron Phenomenon in Deep Reinforcement
+Learning (Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902), and a side study of Adam. The paper itself is in
+redo_dqn_atari.py.
 
 In deep RL more and more neurons fall silent. ReDo recycles them (Algorithm 1), every 1000 gradient steps:
     for every tau-dormant neuron: re-draw its incoming weights from the initial distribution,
                                   zero its outgoing weights                                         -> `recycle_variant`
-Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):                          -> `dormant_score`
     s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; tau-dormant if s_i <= tau
+Are they needed? --method prune silences each for ever, in the target network, too (Fig. 6).                  -> `prune`
+Which neurons? --redo-selection: those with a score of at most tau (threshold), or a fixed share of each layer, which
+falls as a cosine from --redo-rate to 0 (Fig. 15): those least or most active, or random ones; or those of the least
+utility in continual backpropagation (cbp, Fig. 25):                                   -> `selected_neurons`, `utility`
+    E |h - E h| sum |outgoing weights| / sum |incoming weights|
+How? --redo-outgoing random draws the outgoing weights, too (Fig. 22); --redo-incoming scaled gives the incoming ones of
+a neuron the norm that those of other neurons have on average (Fig. 23).
+
 Adam's averages m and v of the gradient and its square begin at 0. After k steps it corrects both and moves a weight by
     lr m' / (sqrt(v') + eps)        m' = m / (1 - beta1^k),  v' = v / (1 - beta2^k)
 The official code zeroes m and v of recycled weights, but not k, so nothing is corrected any more: the j-th update after
@@ -32,12 +40,13 @@ times the 100th (less where eps counts). Does that matter? --redo-adam says what
 --redo-compat-flatten is another slip of the official code: the mask over the weights that read the last convolution is
 laid out channel by channel, but the features position by position, so almost only wrong weights become 0.
 
-    SCALE=small bash benchmark/redo_dqn_atari/adam_state.sh    all of these, and DQN, at replay ratio 1: for a GPU, not
-                                                               run yet
-    python studies/redo_variants.py --redo-adam per-element    one run of 10M steps at replay ratio 0.25; without this
-                                                               flag, it learns exactly what redo_dqn_atari.py learns
+    SCALE=small bash benchmark/redo_dqn_atari/fig15_selection.sh    which neurons; also fig6_pruning.sh, fig22_redraw.sh
+    SCALE=small bash benchmark/redo_dqn_atari/adam_state.sh         what Adam forgets: for a GPU, not run yet
+    python studies/redo_variants.py --redo-selection random         one run of 10M steps at replay ratio 0.25; without
+                                                                    this flag, it learns what redo_dqn_atari.py learns
 
-All else is as in redo_dqn_atari.py, with its Nature network; what differs from the official code stands there.
+All else is as in redo_dqn_atari.py, with its Nature network; what differs from the official code stands there. When and
+at which tau the paper prunes, it does not say: here every 1000 gradient steps, at tau 0.
 """
 
 import copy
@@ -77,7 +86,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: bool = True  # save the replay, too, until the run is finished; else a resumed run refills it
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -125,9 +134,13 @@ class Args(RunArgs):
     init: Literal["xavier", "torch"] = "xavier"  # uniform weights and zero biases, or PyTorch's default
 
     # Dormant neurons
-    method: Literal["redo", "dqn", "adam-step-reset"] = "redo"  # what is done to network or Adam while it learns
-    redo_tau: NonNegative = 0.025  # recycle neurons with a score of at most this; default 0.1 at other replay ratios
-    redo_period_gradient_steps: Count = 1000  # gradient steps between recycling (or between resets of the step count)
+    method: Literal["redo", "prune", "dqn", "adam-step-reset"] = "redo"  # what is done to network or Adam
+    redo_selection: Literal["threshold", "least", "random", "most", "cbp"] = "threshold"  # which neurons are recycled
+    redo_tau: NonNegative = 0.025  # those with a score of at most this; default 0.1 at other replay ratios, pruning: 0
+    redo_rate: Share = 0.1  # without a threshold: the first share of a layer's neurons; falls to 0 at redo_end
+    redo_incoming: Literal["init", "scaled"] = "init"  # how incoming weights are re-drawn
+    redo_outgoing: Literal["zero", "random"] = "zero"  # what outgoing weights become
+    redo_period_gradient_steps: Count = 1000  # gradient steps between recycling (or pruning, or resets of step counts)
     redo_batch_size: Count = 64  # states that the scores are taken over for recycling
     redo_adam: Literal["none", "moments", "moments+tensor-step", "per-element"] = "moments"  # what Adam forgets then
     redo_compat_flatten: bool = False  # zero the same wrong weights after the last convolution as the official code
@@ -142,7 +155,8 @@ class Args(RunArgs):
     log_every: Count = 1000  # steps between logs of losses
 
     def task_defaults(self) -> dict:
-        return dict(redo_tau=0.025 if self.replay_ratio == 0.25 else 0.1)
+        tau = 0.0 if self.method == "prune" else 0.025 if self.replay_ratio == 0.25 else 0.1
+        return dict(redo_tau=tau, redo_end_gradient_steps=None if self.redo_selection == "threshold" else 2_500_000)
 
 
 SCRIPT, ACTION_REPEAT = "redo_variants", 4
@@ -409,6 +423,16 @@ def dormant_ratios(network, x) -> dict:
 
 
 # === ReDo (Section 4), and what Adam forgets ==========================================================================
+def per_element_step(p, grad, m, m_weight, v, v_weight, lr, eps, weight_decay, beta1, beta2) -> None:
+    """One step of `PerElementAdam` on one parameter p, in place; compiled, one pass over the memory."""
+    grad = grad + weight_decay * p
+    m.mul_(beta1).add_(grad, alpha=1 - beta1)
+    m_weight.mul_(beta1).add_(1 - beta1)
+    v.mul_(beta2).add_(grad * grad, alpha=1 - beta2)
+    v_weight.mul_(beta2).add_(1 - beta2)
+    p.sub_(lr * (m / m_weight) / ((v / v_weight).sqrt() + eps))
+
+
 class PerElementAdam(torch.optim.Optimizer):
     """Adam with a bias correction per element, so that a recycled weight's moments can start anew.
 
@@ -416,32 +440,20 @@ class PerElementAdam(torch.optim.Optimizer):
     far. That weight is kept beside each element instead of k, and is zeroed with the moments.
     """
 
-    def __init__(self, params, lr, eps=1e-8, betas=(0.9, 0.999), weight_decay=0.0):
+    def __init__(self, params, lr, eps=1e-8, betas=(0.9, 0.999), weight_decay=0.0, compile=False):
         super().__init__(params, dict(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay))
+        self.update = torch.compile(per_element_step, dynamic=False) if compile else per_element_step
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {k: torch.zeros_like(p) for k in ("exp_avg", "weight", "exp_avg_sq", "weight_sq")}
-            m, m_weight, v, v_weight = (
-                [self.state[p][k] for p in params] for k in ("exp_avg", "weight", "exp_avg_sq", "weight_sq")
-            )
-            grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
-            if group["weight_decay"]:
-                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-            for average, value, beta in ((m, grads, beta1), (v, torch._foreach_mul(grads, grads), beta2)):
-                torch._foreach_mul_(average, beta)
-                torch._foreach_add_(average, value, alpha=1 - beta)
-            for weight, beta in ((m_weight, beta1), (v_weight, beta2)):
-                torch._foreach_mul_(weight, beta)
-                torch._foreach_add_(weight, 1 - beta)
-            scale = torch._foreach_sqrt(torch._foreach_div(v, v_weight))
-            torch._foreach_add_(scale, group["eps"])
-            torch._foreach_mul_(scale, m_weight)
-            torch._foreach_addcdiv_(params, m, scale, value=-group["lr"])
+            options = group["lr"], group["eps"], group["weight_decay"], *group["betas"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    if not self.state[p]:
+                        for name in ("exp_avg", "weight", "exp_avg_sq", "weight_sq"):
+                            self.state[p][name] = torch.zeros_like(p)
+                    self.update(p, p.grad, *self.state[p].values(), *options)
 
 
 def forget(optimizer, parameter, mask) -> None:
@@ -462,19 +474,59 @@ def reset_adam_step(optimizer, kept) -> None:
             state["step"].zero_()
 
 
-@torch.no_grad()
-def recycle_variant(layers, activations, optimizer, tau, generator, adam="moments", compat_flatten=False) -> list:
-    """ReDo (Algorithm 1) for any network, in place -> each layer's recycled neurons, (neurons,) bool.
+def utility(layer, readers, activation) -> torch.Tensor:
+    """What a neuron is worth in continual backpropagation (Dohare et al. 2021; here as in ReDo's official code): the
+    mean |h - mean h| times the sum of its outgoing |weights|, divided by that of its incoming ones -> (neurons,)."""
+    h, dims = activation.float(), [0, *range(2, activation.dim())]
+    activity = (h - h.mean(dims, keepdim=True)).abs().mean(dims)
+    incoming = layer.weight.abs().flatten(1).sum(1)
+    outgoing = sum(reader.weight.abs().transpose(0, 1).reshape(len(h[0]), -1).sum(1) for reader in readers)
+    return activity * outgoing / incoming
 
-    layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
-    non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are
-    drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
-    forgets its averages of these weights, and of biases, which become 0, as `adam` says: see the top of this file.
+
+def selected_neurons(layers, activations, selection, tau, share, generator) -> list:
+    """The neurons to be recycled -> masks (neurons,) bool. layers and activations: see `recycle_variant`.
+
+    threshold: those with a score of at most tau. All others: round(share x neurons) of each layer, at least 1 (but none
+    if share is 0), and more where values are equal.
     """
-    masks = [dormant_score(activation) <= tau for activation in activations]
+    masks = []
+    for (layer, readers), activation in zip(layers, activations):
+        value = dormant_score(activation)
+        if selection == "threshold":
+            masks.append(value <= tau)
+            continue
+        if selection == "random":
+            value = value[torch.randperm(len(value), generator=generator).to(value.device)]
+        elif selection == "most":
+            value = -value
+        elif selection == "cbp":
+            value = utility(layer, readers, activation)
+        count = max(1, round(share * len(value)))
+        masks.append(value <= (value.sort().values[count - 1] if share > 0 else -math.inf))
+    return masks
+
+
+def cosine_share(gradient_steps: int, args) -> float:
+    """The share of a layer's neurons that is recycled after so many gradient steps (Fig. 15)."""
+    return args.redo_rate * math.cos(math.pi / 2 * gradient_steps / args.redo_end_gradient_steps)
+
+
+@torch.no_grad()
+def recycle_variant(layers, masks, optimizer, generator, adam="moments", incoming="init", outgoing="zero",
+                    compat_flatten=False) -> None:  # fmt: skip
+    """Recycles neurons of any network, in place. masks: each layer's neurons to be recycled, (neurons,) bool.
+
+    layers: [(linear layer or convolution, [the layers that read it])]. All incoming weights are drawn before outgoing
+    ones change, so a weight between two recycled neurons ends as 0 (or drawn twice). The optimizer (Adam, SGD) forgets
+    its averages of these weights, and of biases, which become 0, as `adam` says: see the top of this file.
+    """
     for (layer, _), mask in zip(layers, masks):
         fresh = initial_weight(layer, generator).to(layer.weight)
         rows = mask.view(-1, *[1] * (fresh.dim() - 1))
+        if incoming == "scaled" and not mask.all():
+            length = layer.weight.flatten(1).norm(dim=1)[~mask].mean()
+            fresh *= length / fresh.flatten(1).norm(dim=1).view_as(rows)
         layer.weight.copy_(torch.where(rows, fresh, layer.weight))
         if adam != "none":
             forget(optimizer, layer.weight, rows)
@@ -489,28 +541,53 @@ def recycle_variant(layers, activations, optimizer, tau, generator, adam="moment
             if compat_flatten:  # as if a position's channels, not a channel's positions, were consecutive
                 columns = columns.view(positions, -1).T.flatten()
             columns = columns.view(1, -1, *[1] * (reader.weight.dim() - 2))
-            reader.weight.masked_fill_(columns, 0)
+            if outgoing == "random":
+                fresh = initial_weight(reader, generator).to(reader.weight)
+                reader.weight.copy_(torch.where(columns, fresh, reader.weight))
+            else:
+                reader.weight.masked_fill_(columns, 0)
             if adam != "none":
                 forget(optimizer, reader.weight, columns)
-    return masks
 
 
 @torch.no_grad()
-def intervene_variant(q_network, optimizer, replay, gradient_steps: int, args, generator, device) -> dict:
+def prune(layers, masks, optimizer=None) -> None:
+    """Silences neurons for ever (Fig. 6), in place: their incoming weights and biases become 0, so ReLU gives 0, and as
+    its gradient there is 0, too, they stay so; the optimizer must forget its averages of them. Arguments: see
+    `recycle_variant`."""
+    for (layer, _), mask in zip(layers, masks):
+        for parameter in (layer.weight, layer.bias):
+            rows = mask.view(-1, *[1] * (parameter.dim() - 1))
+            parameter.masked_fill_(rows, 0)
+            if optimizer is not None:
+                forget(optimizer, parameter, rows)
+
+
+@torch.no_grad()
+def intervene_variant(agent, optimizer, replay, gradient_steps: int, args, generator, device) -> dict:
     """What --method does to network or Adam after this many gradient steps: usually nothing -> metrics."""
     ended = args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps
     if ended or gradient_steps % args.redo_period_gradient_steps != 0:
         return {}
-    metrics = {}
-    if args.method == "redo":
+    metrics, q_network = {}, agent.q_network
+    if args.method in ("redo", "prune"):
+        layers = q_network.recyclable()
         obs = replay.sample(args.redo_batch_size, generator)[0].to(device)
         q_before, activations = q_network(obs)
         activations = [activations[name] for name in q_network.reader]
-        options = dict(adam=args.redo_adam, compat_flatten=args.redo_compat_flatten)
-        masks = recycle_variant(q_network.recyclable(), activations, optimizer, args.redo_tau, generator, **options)
-        counts = {f"redo_recycled/{name}": mask.sum() for name, mask in zip(q_network.reader, masks)}
-        q_change = (q_network(obs)[0] - q_before).abs().max()
-        metrics = counts | {"redo_recycled/all": sum(counts.values()), "events/redo_q_change": q_change}
+        share = 0.0 if args.redo_selection == "threshold" else cosine_share(gradient_steps, args)
+        masks = selected_neurons(layers, activations, args.redo_selection, args.redo_tau, share, generator)
+        if args.method == "prune":
+            prune(layers, masks, optimizer)
+            prune(agent.target_network.recyclable(), masks)
+            metrics = {"events/alive": 1 - torch.cat(masks).float().mean()}
+        else:
+            options = dict(adam=args.redo_adam, incoming=args.redo_incoming, outgoing=args.redo_outgoing)
+            options |= dict(compat_flatten=args.redo_compat_flatten)
+            recycle_variant(layers, masks, optimizer, generator, **options)
+            metrics = {f"redo_recycled/{name}": mask.sum() for name, mask in zip(q_network.reader, masks)}
+            metrics["redo_recycled/all"] = sum(metrics.values())
+        metrics["events/redo_q_change"] = (q_network(obs)[0] - q_before).abs().max()
     if args.method == "adam-step-reset" or (args.method == "redo" and args.redo_adam == "moments+tensor-step"):
         reset_adam_step(optimizer, kept=q_network.layers["head"].bias)
     return metrics
@@ -614,7 +691,7 @@ def train(args: Args) -> Path:
     agent = NatureAgent(num_actions, args).to(device, memory_format=torch.channels_last)
     q_network, optimizer = agent.q_network, make_optimizer(agent, args, device)
     if args.redo_adam == "per-element":
-        options = dict(eps=args.adam_eps, weight_decay=args.weight_decay)
+        options = dict(eps=args.adam_eps, weight_decay=args.weight_decay, compile=args.compile)
         optimizer = PerElementAdam(q_network.parameters(), args.learning_rate, **options)
     replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
     batch_rng = random_stream(args.seed, 0)
@@ -668,7 +745,7 @@ def train(args: Args) -> Path:
                 for _ in range(round(args.replay_ratio * UPDATE_PERIOD)):
                     metrics = learn(sample_batch(replay, args, batch_rng, device))
                     gradient_steps += 1
-                    events |= intervene_variant(q_network, optimizer, replay, gradient_steps, args, redo_rng, device)
+                    events |= intervene_variant(agent, optimizer, replay, gradient_steps, args, redo_rng, device)
             if learning and global_step % args.target_network_frequency == 0:
                 agent.update_target()
 
@@ -727,17 +804,27 @@ def check_args(args: Args) -> tuple:
     }
     devices = check_devices(args, needed)
     defaults = Args(**args.task_defaults())
-    for name in ("redo_tau", "redo_batch_size", "redo_adam", "redo_compat_flatten"):
-        if args.method != "redo" and getattr(args, name) != getattr(defaults, name):
-            refuse(name, getattr(args, name), "does nothing without --method redo")
+    given = [name for name in asdict(args) if getattr(args, name) != getattr(defaults, name)]
+    threshold = args.redo_selection == "threshold"
+    for name, useful in (
+        ("redo_tau", args.method == "prune" or (args.method == "redo" and threshold)),
+        ("redo_batch_size", args.method in ("redo", "prune")), ("redo_rate", not threshold),
+        *((f"redo_{what}", args.method == "redo")
+          for what in ("selection", "incoming", "outgoing", "adam", "compat_flatten")),
+        ("redo_end_gradient_steps", args.method != "dqn"),
+    ):  # fmt: skip
+        if name in given and not useful:
+            refuse(name, getattr(args, name), "does nothing beside the other flags")
+    ends = args.redo_end_gradient_steps is not None
     for name, fine, limit in (
+        ("redo_end_gradient_steps", ends or threshold, "is needed: --redo-rate falls to 0 until then"),
+        ("redo_outgoing", args.redo_outgoing == "zero" or not args.redo_compat_flatten, "needs the right columns"),
+        ("activation", args.method != "prune" or args.activation == "relu", "has a gradient in pruned neurons"),
         ("env_id", args.env_id.startswith("ALE/"), "is no game of the Arcade Learning Environment (ALE/<Game>-v5)"),
         ("replay_ratio", args.replay_ratio * UPDATE_PERIOD % 1 == 0, f"must be a multiple of {1 / UPDATE_PERIOD}"),
         ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
         ("learning_starts", args.n_step <= args.learning_starts <= args.buffer_size, "must lie between --n-step and "
          "--buffer-size"),
-        ("redo_end_gradient_steps", args.method != "dqn" or args.redo_end_gradient_steps is None,
-         "does nothing with --method dqn"),
     ):  # fmt: skip
         if not fine:
             refuse(name, getattr(args, name), limit)
@@ -924,7 +1011,7 @@ class Run:
         if device.type == "cuda":
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
-        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay
+        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
         self.stopped = None  # exit code, when the run is to stop
         self.finished = False
         self.start_time = time.time()
@@ -1028,7 +1115,7 @@ class Run:
     def save(self, **counters) -> None:
         content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
         for name, part in self.parts.items():
-            if name != "replay" or (self.keep_replay and not self.finished):
+            if name != "replay" or self.keep_replay:
                 content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         with self.disk():
             self.writer.flush()
@@ -1064,7 +1151,7 @@ class Run:
             if self.args.save_model:
                 save_file(self.dir / "model.pt", module.state_dict())
             save_file(self.dir / "summary.json", results | dict(walltime=self.walltime()))
-        self.finished = True
+        self.finished, self.keep_replay = True, self.args.checkpoint_replay == "always"
         print(f"{self.dir}: mean return {results['eval/episodic_return']:.1f}")
 
     def close(self) -> None:

@@ -342,7 +342,7 @@ def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, s
 
 
 def test_resume_without_the_replay_refills_it(serial, capsys):
-    part = helpers.stopped_run(rr, 53, *ADAPTIVE, "--no-checkpoint-replay", "--rr-check-episodes", 2)
+    part = helpers.stopped_run(rr, 53, *ADAPTIVE, "--checkpoint-replay", "never", "--rr-check-episodes", 2)
     assert "replay" not in checkpoint(part)
     run("--resume", part, "--total-timesteps", 160)
     assert "it is refilled before learning goes on" in capsys.readouterr().err

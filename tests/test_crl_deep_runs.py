@@ -181,7 +181,7 @@ def test_all_resets_draw_from_streams_of_their_own(monkeypatch):
 
 
 def test_resume_without_the_replay_refills_before_it_learns(capsys):
-    part = run(*POINT, "--no-checkpoint-replay")
+    part = run(*POINT, "--checkpoint-replay", "never")
     assert "replay" not in checkpoint(part)
     resumed = run("--resume", part, "--total-timesteps", 840)
     assert "it is refilled before learning goes on" in capsys.readouterr().err
@@ -190,8 +190,8 @@ def test_resume_without_the_replay_refills_before_it_learns(capsys):
 
 
 def test_a_refill_that_is_interrupted_goes_on():
-    part = stopped_run(crl, 95, *POINT, "--no-checkpoint-replay")
-    stopped_run(crl, 5, "--resume", part, "--checkpoint-replay")
+    part = stopped_run(crl, 95, *POINT, "--checkpoint-replay", "never")
+    stopped_run(crl, 5, "--resume", part, "--checkpoint-replay", "unfinished")
     logged = scalars(run("--resume", part))
     assert logged["charts/replay_size"][440] == 40 and logged["charts/replay_size"][480] == 80
     assert [logged["charts/gradient_steps"][s] for s in range(400, 601, 40)] == [24, 24, 24, 27, 30, 33]

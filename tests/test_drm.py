@@ -652,7 +652,7 @@ def test_the_checkpoint_carries_the_ratio_and_the_awakening(serial, monkeypatch)
 
 
 def test_resume_without_the_replay_refills_and_perturbs_when_it_is_time(serial, capsys):
-    part = run(*DRM, "--no-checkpoint-replay", "--perturb-every", 70)
+    part = run(*DRM, "--checkpoint-replay", "never", "--perturb-every", 70)
     run("--resume", part, "--total-timesteps", 220)
     assert "it is refilled before learning goes on" in capsys.readouterr().err
     logged = scalars(part)

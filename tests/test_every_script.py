@@ -106,8 +106,8 @@ def test_missing_cuda(script, flags, flag, capsys):
 def test_a_refill_that_is_interrupted_goes_on(script, monkeypatch):
     """Resumed without a replay, a run collects learning_starts steps before it learns, even if stopped meanwhile."""
     steps, update = [], script.update
-    part = stopped_run(script, 130, *TINY[script], "--total-timesteps", 400, "--no-checkpoint-replay")
-    stopped_run(script, 8, "--resume", part, "--checkpoint-replay")
+    part = stopped_run(script, 130, *TINY[script], "--total-timesteps", 400, "--checkpoint-replay", "never")
+    stopped_run(script, 8, "--resume", part, "--checkpoint-replay", "unfinished")
     ring = getattr(script, ring_of(script))
     add, count = ring.add, []
     with monkeypatch.context() as patch:
@@ -205,6 +205,15 @@ def test_resume_of_a_finished_run_only_finishes_it(script, flags):
     assert_same(before, checkpoint(part))
     again = json.loads((part / "summary.json").read_text())
     assert {k: v for k, v in again.items() if k != "walltime"} == {k: v for k, v in summary.items() if k != "walltime"}
+
+
+@every_script
+def test_a_finished_run_may_keep_its_replay_and_go_on_without_a_refill(script, flags, capsys):
+    part = run(script, *flags, "--checkpoint-replay", "always")
+    saved = checkpoint(part)
+    assert "replay" in saved
+    run(script, "--resume", part, "--total-timesteps", saved["global_step"] + RESUMED_STEPS)
+    assert checkpoint(part)["gradient_steps"] > saved["gradient_steps"] and "refill" not in capsys.readouterr().err
 
 
 @every_script

@@ -212,7 +212,7 @@ def test_checkpoints_are_made_between_episodes(monkeypatch):
 
 def test_resume_without_the_replay_refills_before_it_learns(capsys, monkeypatch):
     use_fake_games(monkeypatch, longer=6)  # of 8 steps, so that every log is of an episode with updates
-    part = run(*ATARI, "--no-checkpoint-replay")
+    part = run(*ATARI, "--checkpoint-replay", "never")
     assert "replay" not in checkpoint(part)
     logged = scalars(run("--resume", part, "--total-timesteps", 400))
     assert "the checkpoint contains no replay: it is refilled" in capsys.readouterr().err

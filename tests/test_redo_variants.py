@@ -1,4 +1,4 @@
-"""The side study of ReDo: what Adam forgets, by mode; Adam with a count per element; the official code's wrong mask."""
+"""Variants of ReDo: which neurons, how they are re-drawn, pruning; what Adam forgets; the official code's mask."""
 
 import ast
 import copy
@@ -61,9 +61,10 @@ def small_agent(adam, updates=3, **changes):
 def recycle_all(agent, optimizer, obs, tau, adam, **options):
     _, activations = agent.q_network(obs)
     activations = [activations[name] for name in agent.q_network.reader]
-    return study.recycle_variant(
-        agent.q_network.recyclable(), activations, optimizer, tau, generator(), adam, **options
-    )
+    layers = agent.q_network.recyclable()
+    masks = study.selected_neurons(layers, activations, "threshold", tau, 0.0, None)
+    study.recycle_variant(layers, masks, optimizer, generator(), adam, **options)
+    return masks
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -91,7 +92,9 @@ def test_the_official_mask_hits_other_weights():
     maps = torch.rand(3, channels, height, width)
     maps[:, [5, 40]] = 0
     optimizer = torch.optim.SGD([*conv.parameters(), *dense.parameters()])
-    (mask,) = study.recycle_variant([(conv, [dense])], [maps], optimizer, 0.0, generator(), compat_flatten=True)
+    layers = [(conv, [dense])]
+    (mask,) = study.selected_neurons(layers, [maps], "threshold", 0.0, 0.0, None)
+    study.recycle_variant(layers, [mask], optimizer, generator(), compat_flatten=True)
     assert mask.nonzero()[:, 0].tolist() == [5, 40]
     official_mask = mask.repeat_interleave(positions)
     expected = torch.zeros(channels * positions, dtype=torch.bool)
@@ -129,10 +132,15 @@ def foreign_network(adam):
     return network, optimizer, x
 
 
-def recycled(network, optimizer, x, function=study.recycle_variant, **options):
-    layers = [(network[0], [network[3]]), (network[3], [network[5]])]
-    activations = [network[:2](x), network[:5](x)]
-    return function(layers, activations, optimizer, 0.0, generator(), **options)
+def layers_of(network):
+    return [(network[0], [network[3]]), (network[3], [network[5]])]
+
+
+def recycled(network, optimizer, x, **options):
+    layers, activations = layers_of(network), [network[:2](x), network[:5](x)]
+    masks = study.selected_neurons(layers, activations, "threshold", 0.0, 0.0, None)
+    study.recycle_variant(layers, masks, optimizer, generator(), **options)
+    return masks
 
 
 @pytest.mark.parametrize("adam", MODES)
@@ -168,7 +176,9 @@ def test_moments_is_what_redo_dqn_atari_does():
     """The same weights, the same state of Adam, the same random numbers."""
     ours, theirs = foreign_network("moments"), foreign_network("moments")
     masks = recycled(*ours)
-    for a, b in zip(masks, recycled(*theirs, function=redo.recycle), strict=True):
+    network, optimizer, x = theirs
+    again = redo.recycle(layers_of(network), [network[:2](x), network[:5](x)], optimizer, 0.0, generator())
+    for a, b in zip(masks, again, strict=True):
         assert torch.equal(a, b)
     assert_same(dict(ours[0].state_dict()), dict(theirs[0].state_dict()))
     assert_same(ours[1].state_dict(), theirs[1].state_dict())
@@ -189,6 +199,119 @@ def test_everything_is_edited_in_place(adam):
     assert all(torch.equal(a, b) for a, b in zip(target.values(), agent.target_network.state_dict().values()))
 
 
+# --- which neurons, and how -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("selection, share, chosen", [
+    ("least", 0.3, [3]), ("least", 0.5, [1, 3]), ("least", 0.01, [3]), ("least", 0.0, []), ("most", 0.5, [0, 2]),
+    ("threshold", 0.5, [3]),
+], ids=str)  # fmt: skip
+def test_selection_by_hand(selection, share, chosen):
+    """Four neurons with means 0.5, 0.2, 0.9, 0.1: scores 1.18, 0.47, 2.12, 0.24; round(0.3 x 4) = 1."""
+    activation = torch.tensor([[0.5, 0.2, 0.9, 0.1]])
+    layers = [(nn.Linear(1, 4), [nn.Linear(4, 1)])]
+    (mask,) = study.selected_neurons(layers, [activation], selection, 0.3, share, generator())
+    assert mask.nonzero()[:, 0].tolist() == chosen
+
+
+def test_selection_of_equal_and_of_random_neurons():
+    layers = [(nn.Linear(1, 4), [nn.Linear(4, 1)])]
+    (mask,) = study.selected_neurons(layers, [torch.tensor([[0.1, 0.1, 0.9, 0.1]])], "least", 0.0, 0.25, None)
+    assert mask.tolist() == [True, True, False, True]  # ties widen the choice
+    activation, times = torch.tensor([[0.5, 0.2, 0.9, 0.1]]), torch.zeros(4)
+    for seed in range(400):
+        (mask,) = study.selected_neurons(layers, [activation], "random", 0.0, 0.5, generator(seed))
+        assert mask.sum() == 2
+        times += mask
+    assert (times - 200).abs().max() < 50  # 5 standard deviations
+
+
+def test_the_share_falls_as_a_cosine():
+    args = study.Args(redo_rate=0.3, redo_end_gradient_steps=2_500_000)
+    shares = [study.cosine_share(step, args) for step in (0, 1_250_000, 2_500_000)]
+    assert shares == pytest.approx([0.3, 0.21213, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_utility_by_hand(positions):
+    """Two maps, on a batch of two: of deviation 1 and 0.5; |weights| 2 x 3 x positions out / 4 in, and 1 x ... / 8."""
+    conv, dense, wide = nn.Conv2d(2, 2, 1), nn.Linear(2 * positions, 3), nn.Conv2d(2, 1, 1)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([2.0, -4.0])[:, None, None, None].expand(2, 2, 1, 1))
+        dense.weight.copy_(torch.tensor([-2.0, 1.0]).repeat_interleave(positions).expand(3, -1))
+        wide.weight.fill_(10)
+    h = torch.tensor([[3.0, 1.0], [5.0, 2.0]])[:, :, None, None].expand(2, 2, 1, positions)
+    with torch.no_grad():
+        utility = study.utility(conv, [dense], h)
+        both = study.utility(conv, [dense, wide], h)
+    assert utility.tolist() == pytest.approx([1 * 6 * positions / 4, 0.5 * 3 * positions / 8])
+    assert both.tolist() == pytest.approx([1 * (6 * positions + 10) / 4, 0.5 * (3 * positions + 10) / 8])
+
+
+def test_scaled_incoming_weights_have_the_norm_of_the_others():
+    network, optimizer, x = foreign_network("moments")
+    old = network[3].weight.detach().clone()
+    _, dense = recycled(network, optimizer, x, incoming="scaled")
+    norms = network[3].weight.detach().norm(dim=1)
+    # The convolution's recycled map has taken some columns since; what was drawn had this norm
+    fresh = study.initial_weight(nn.Linear(24, 5), study_generator_after_conv())
+    expected = fresh[dense] / fresh[dense].norm(dim=1, keepdim=True) * old[~dense].norm(dim=1).mean()
+    kept = torch.ones(4, 6, dtype=torch.bool)
+    kept[1] = False
+    torch.testing.assert_close(network[3].weight.detach()[dense], expected * kept.flatten())
+    assert dense.sum() == 1 and norms[dense] > 0
+
+
+def study_generator_after_conv():
+    """The state of the generator once the foreign network's convolution has been drawn."""
+    g = generator()
+    study.initial_weight(nn.Conv2d(1, 4, 2), g)
+    return g
+
+
+def test_random_outgoing_weights_change_the_output():
+    network, optimizer, x = foreign_network("moments")
+    before, old = network(x), network[5].weight.detach().clone()
+    _, dense = recycled(network, optimizer, x, outgoing="random")
+    new = network[5].weight.detach()
+    assert (new[:, dense] != 0).all() and (new[:, dense] != old[:, dense]).all()
+    assert torch.equal(new[:, ~dense], old[:, ~dense]) and not torch.equal(network(x), before)
+    assert not optimizer.state[network[5].weight]["exp_avg"][:, dense].any()
+
+
+@pytest.mark.parametrize("adam", ["moments", "per-element"])
+def test_pruned_neurons_are_silent_for_ever(adam):
+    """As with a mask after the activation; through updates with weight decay and a renewal of the target network."""
+    agent, optimizer, batch = small_agent(adam)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.1
+    q_network = agent.q_network
+    layers = q_network.recyclable()
+    _, activations = q_network(batch[0])
+    activations = [activations[name] for name in q_network.reader]
+    masks = study.selected_neurons(layers, activations, "least", 0.0, 0.4, generator())
+
+    masked = copy.deepcopy(q_network)
+    hidden = masked.hidden
+    alive = {name: (~mask).float() for name, mask in zip(q_network.reader, masks)}
+
+    def hidden_and_masked(name, x):
+        h = hidden(name, x)
+        return h * alive[name].view(1, -1, *[1] * (h.dim() - 2))
+
+    masked.hidden = hidden_and_masked
+    for network in (q_network, agent.target_network):
+        study.prune(network.recyclable(), masks, optimizer)
+    with torch.no_grad():
+        torch.testing.assert_close(q_network(batch[0])[0], masked(batch[0])[0])
+    for i in range(5):
+        study.update(agent, optimizer, study.Args(), batch)
+        if i == 2:
+            agent.update_target()
+    for network in (q_network, agent.target_network):
+        _, after = network(batch[0])
+        for name, mask in zip(q_network.reader, masks, strict=True):
+            assert mask.any() and not after[name][:, mask].any() and after[name][:, ~mask].any()
+
+
 # --- Adam -------------------------------------------------------------------------------------------------------------
 def test_per_element_adam_by_hand():
     """Gradients 2, then -3; the first element is forgotten in between. No epsilon: a first update is the step size."""
@@ -204,12 +327,12 @@ def test_per_element_adam_by_hand():
     assert weight.tolist() == pytest.approx([-0.1 + 0.1, -0.1 - 0.1 * m / v**0.5], abs=1e-6)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_per_element_adam_is_adam_until_something_is_forgotten(weight_decay):
+@pytest.mark.parametrize("weight_decay, compiled", [(0.0, False), (0.1, False), (0.1, True)])
+def test_per_element_adam_is_adam_until_something_is_forgotten(weight_decay, compiled):
     torch.manual_seed(0)
     start, options = torch.randn(5, 3), dict(lr=0.01, eps=1e-4, weight_decay=weight_decay)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a, b = study.PerElementAdam([ours], **options), torch.optim.Adam([theirs], **options)
+    a, b = study.PerElementAdam([ours], **options, compile=compiled), torch.optim.Adam([theirs], **options)
     for _ in range(50):
         ours.grad = torch.randn(5, 3)
         theirs.grad = ours.grad.clone()
@@ -222,7 +345,7 @@ def test_per_element_adam_is_adam_until_something_is_forgotten(weight_decay):
     study.forget(a, ours, mask)
     fresh = nn.Parameter(ours.detach().clone())
     other = nn.Parameter(kept[0].detach().clone())
-    c, d = torch.optim.Adam([fresh], **options), study.PerElementAdam([other], **options)
+    c, d = torch.optim.Adam([fresh], **options), study.PerElementAdam([other], **options, compile=compiled)
     d.load_state_dict(kept[1])
     for _ in range(20):
         ours.grad = torch.randn(5, 3)
@@ -285,18 +408,23 @@ def test_without_its_flags_it_is_redo_dqn_atari(flags):
 
 def test_every_variant_is_another_one():
     arms = [["--redo-adam", mode] for mode in MODES]
-    arms += [["--redo-compat-flatten"], ["--method", "dqn"], ["--method", "adam-step-reset"]]
+    arms += [["--redo-compat-flatten"], ["--redo-outgoing", "random"], ["--redo-incoming", "scaled"]]
+    arms += [["--redo-selection", selection] for selection in ("least", "random", "most", "cbp")]
+    arms += [["--method", method] for method in ("prune", "dqn", "adam-step-reset")]
     short = [*TINY, "--total-timesteps", 120]
     outcomes = []
     for arm in arms:
         if "--method" in arm:
             run_dir = run(*drop(short, "--redo-batch-size"), *arm)
+        elif "--redo-selection" in arm:
+            run_dir = run(*short, *arm, "--redo-rate", 0.4, "--redo-end-gradient-steps", 200)
         else:
             run_dir = run(*short, *arm, "--redo-tau", 0.5)
         outcomes.append(float(sum(value.double().sum() for value in checkpoint(run_dir)["agent"].values())))
         logged = scalars(run_dir)
         assert all(np.isfinite(list(values.values())).all() for values in logged.values())
         assert ("redo_recycled/all" in logged) == ("--method" not in arm)
+        assert ("events/alive" in logged) == ("prune" in arm)
     assert len(set(outcomes)) == len(arms)
 
 
@@ -366,12 +494,19 @@ def test_a_cuda_graph_of_per_element_adam_equals_eager_across_a_recycle():
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags, message", [
-    ("--method dqn --redo-adam per-element", "--redo-adam per-element: does nothing without --method redo"),
-    ("--method adam-step-reset --redo-adam none", "--redo-adam none: does nothing without --method redo"),
-    ("--method adam-step-reset --redo-compat-flatten", "--redo-compat-flatten True: does nothing without"),
-    ("--method adam-step-reset --redo-tau 0.5", "--redo-tau 0.5: does nothing without --method redo"),
-    ("--method dqn --redo-batch-size 8", "--redo-batch-size 8: does nothing without --method redo"),
-    ("--method dqn --redo-end-gradient-steps 9", "--redo-end-gradient-steps 9: does nothing with --method dqn"),
+    ("--method dqn --redo-adam per-element", "--redo-adam per-element: does nothing beside the other flags"),
+    ("--method adam-step-reset --redo-adam none", "--redo-adam none: does nothing beside the other flags"),
+    ("--method adam-step-reset --redo-compat-flatten", "--redo-compat-flatten True: does nothing beside"),
+    ("--method adam-step-reset --redo-tau 0.5", "--redo-tau 0.5: does nothing beside the other flags"),
+    ("--method dqn --redo-batch-size 8", "--redo-batch-size 8: does nothing beside the other flags"),
+    ("--method dqn --redo-end-gradient-steps 9", "--redo-end-gradient-steps 9: does nothing beside the other flags"),
+    ("--method prune --redo-outgoing random", "--redo-outgoing random: does nothing beside the other flags"),
+    ("--method prune --redo-selection least", "--redo-selection least: does nothing beside the other flags"),
+    ("--method prune --activation leaky_relu", "--activation leaky_relu: has a gradient in pruned neurons"),
+    ("--redo-rate 0.2", "--redo-rate 0.2: does nothing beside the other flags"),
+    ("--redo-selection most --redo-tau 0.2", "--redo-tau 0.2: does nothing beside the other flags"),
+    ("--redo-selection most --redo-end-gradient-steps None", "--redo-end-gradient-steps None: is needed"),
+    ("--redo-outgoing random --redo-compat-flatten", "--redo-outgoing random: needs the right columns"),
     ("--redo-period-gradient-steps 0", "--redo-period-gradient-steps 0: must lie between 1"),
     ("--redo-tau -0.1", "--redo-tau -0.1: must lie between 0"),
     ("--env-id Pong", "--env-id Pong: is no game of the Arcade Learning Environment"),

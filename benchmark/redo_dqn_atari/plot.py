@@ -2,11 +2,11 @@
 
     python benchmark/redo_dqn_atari/plot.py fig1 --runs "redo_fig1-smoke-*" --out runs/figures/fig1
 
-FIGURE is fig1, fig2, fig5, fig7, fig9, fig10a, fig10b, fig10c, fig11, fig12, fig13, fig16, fig21, fig24, table7, adam
-or cpu. Each is written as PNG with the CSV behind it. Returns are those of evaluations; aggregates are interquartile
-means (IQM) of human-normalised scores over runs x games, with 95% stratified bootstrap intervals; other bands are 95%
-bootstrap intervals over seeds. Stars are the paper's numbers, where it ends. A run's line is named by the end of its
---exp-name.
+FIGURE is fig1, fig2, fig5, fig6, fig7, fig7_cpu, fig9, fig10a, fig10b, fig10c, fig11, fig12, fig13, fig15, fig16,
+fig21, fig22, fig24, table7, adam, cpu or exploration. Each is written as PNG with the CSV behind it. Returns are those
+of evaluations; aggregates are interquartile means (IQM) of human-normalised scores over runs x games, with 95%
+stratified bootstrap intervals; other bands are 95% bootstrap intervals over seeds. Stars are the paper's numbers, where
+it ends. A run's line is named by the end of its --exp-name.
 """
 
 import argparse
@@ -30,9 +30,11 @@ from plotting import (
 )
 
 RETURN, RANK = "eval/episodic_return", "feature_rank/dense"
+TD_LOSS, Q_CHANGE, ALIVE = "losses/td", "events/redo_q_change", "events/alive"
 DORMANT = "dormant_ratio_tau{}/all"
 NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
-LABELS = {RETURN: "return", RANK: "feature rank, dense"}
+LABELS = {RETURN: "return", RANK: "feature rank, dense", TD_LOSS: "TD loss", ALIVE: "neurons not pruned",
+          Q_CHANGE: "largest change of a q-value by recycling"}  # fmt: skip
 PREFIXES = {"dormant_ratio_tau": "dormant neurons, tau ", "overlap_": "overlap, "}
 
 # Scores of a random policy and of a human, for the paper's 17 games
@@ -48,6 +50,7 @@ HUMAN_NORMALISATION = {
 PAPER_FIG1 = {"dqn": 0.30, "redo": 0.625, "reset": 0.325, "weight-decay": 0.415}
 PAPER_FIG2 = {"ALE/DemonAttack-v5": {"dqn": 0.26}, "ALE/Asterix-v5": {"dqn": 0.30}}
 PAPER_FIG5 = {"ALE/DemonAttack-v5": {"dqn": 0.68}, "ALE/Asterix-v5": {"dqn": 0.795}}
+PAPER_FIG6 = {"ALE/DemonAttack-v5": {"dqn": 3650, "prune": 3950}, "ALE/Asterix-v5": {"dqn": 4330, "prune": 4640}}
 PAPER_FIG7 = (dict(zip(("rr0.25", "rr0.5", "rr1", "rr2"), (0.09, 0.23, 0.38, 0.48))),
               dict(zip(("rr0.25", "rr0.5", "rr1", "rr2"), (3650, 2380, 1350, 740))))  # fmt: skip
 PAPER_FIG9 = {"dqn": 0.28, "redo": 0.0175}, {"dqn": 4350, "redo": 7000}
@@ -60,6 +63,8 @@ PAPER_FIG11 = {"dqn": 0.30, "redo": 0.625}, {"dqn": 0.47, "dqn-lr4": 0.40, "redo
 PAPER_FIG12 = ({"x1-dqn": 0.30, "x2-dqn": 0.375, "x4-dqn": 0.33, "x1-redo": 0.625, "x2-redo": 0.695, "x4-redo": 0.71},
                {"x1-dqn": 0.47, "x2-dqn": 0.52, "x4-dqn": 0.55, "x1-redo": 0.115})  # fmt: skip
 PAPER_TABLE7 = {"dqn": 449.2, "redo": 470.8}
+PAPER_FIG15 = {"ALE/DemonAttack-v5": {"least": 3500, "random": 500, "most": 0},
+               "ALE/Asterix-v5": {"least": 2200, "random": 500, "most": 500}}  # fmt: skip
 PAPER_FIG13 = {"dqn": 690, "redo": 4580, "reset": 2950, "weight-decay": 1210}
 
 
@@ -202,7 +207,9 @@ FIGURES = {
     "fig1": lambda runs, out: headline(runs, out, PAPER_FIG1),
     "fig2": lambda runs, out: curves(runs, out, [DORMANT.format(0)], [PAPER_FIG2], True),
     "fig5": lambda runs, out: curves(runs, out, ["overlap_previous/dense"], [PAPER_FIG5], True),
+    "fig6": lambda runs, out: curves(runs, out, [RETURN, ALIVE], [PAPER_FIG6]),
     "fig7": lambda runs, out: curves(demon_attack(runs), out, [DORMANT.format(0), RETURN], PAPER_FIG7),
+    "fig7_cpu": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RETURN]),
     "fig9": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), RETURN], PAPER_FIG9),
     "fig10a": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10["fig10a"]),
     "fig10b": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10["fig10b"]),
@@ -210,14 +217,19 @@ FIGURES = {
     "fig11": lambda runs, out: headline(runs, out, PAPER_FIG11[0], DORMANT.format(0.1), PAPER_FIG11[1]),
     "fig12": lambda runs, out: headline(runs, out, PAPER_FIG12[0], DORMANT.format(0.1), PAPER_FIG12[1]),
     "fig13": lambda runs, out: headline(runs, out, PAPER_FIG1, RETURN, PAPER_FIG13),
+    "fig15": lambda runs, out: curves(
+        runs, out, [TD_LOSS, Q_CHANGE, DORMANT.format(0.1), RETURN], [0, 0, 0, PAPER_FIG15]
+    ),
     "fig16": lambda runs, out: curves(runs, out, [DORMANT.format(0), RETURN]),
     "fig21": lambda runs, out: curves(runs, out, [DORMANT.format(0.025), DORMANT.format(0.1)]),
+    "fig22": lambda runs, out: curves(runs, out, [TD_LOSS, Q_CHANGE, DORMANT.format(0.1), RETURN]),
     "fig24": lambda runs, out: curves(runs, out, [DORMANT.format(0.1)]),
     "table7": lambda runs, out: curves(
         [run for run in demon_attack(runs) if arm(run) in PAPER_TABLE7], out, [RANK], [PAPER_TABLE7]
     ),
     "adam": lambda runs, out: curves(runs, out, [DORMANT.format(0.1), DORMANT.format(0), RETURN]),
     "cpu": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RANK, RETURN]),
+    "exploration": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RETURN]),
 }
 
 

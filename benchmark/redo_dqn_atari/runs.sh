@@ -43,3 +43,25 @@ ratio_runs() { # ratio_runs "GAMES at paper scale": Figs. 7 and 16
     for ratio in $ratios; do echo "rr$ratio --method dqn --replay-ratio $ratio"; done
   )
 }
+
+old_runs() { # Fig. 7 on two cores. Figs. 4 and 8 learn from what these runs leave: replays of rr0.25 and redo-rr1, networks
+  seeds="1 2" envs=ALE/RoadRunner-v5
+  local flags="--total-timesteps 250000 --learning-starts 5000 --exploration-steps 45000 --width 0.25 --padding valid
+    --precision float32 --eval-every 50000 --eval-steps 10000 --eval-envs 4 --dormant-every 10000"
+  [ "$SCALE" != smoke ] || seeds=1 flags="$ATARI_SMOKE_ALL --padding valid"
+  [ "$SCALE" != paper ] || seeds="1 2 3 4 5" envs=ALE/DemonAttack-v5 flags="--total-timesteps 10000000"
+  local seed
+  for seed in $seeds; do # seed by seed: all arms of one are done before the next begins
+    sweep redo_dqn_atari.py redo_old "$envs" "$seed" $flags < <(
+      echo "redo-rr1 --method redo --replay-ratio 1 --checkpoint-replay always"
+      echo "rr2 --method dqn --replay-ratio 2"
+      echo "rr0.25 --method dqn --checkpoint-replay always"
+      echo "rr1 --method dqn --replay-ratio 1"
+    )
+  done
+}
+
+old_run() { # old_run ARM SEED: the folder of that run of old_runs, or a pattern of it where it has not begun
+  local folders=(runs/"${envs//\//-}__redo_old-$SCALE-$1__${2}__"*/)
+  echo "${folders[-1]}"
+}
