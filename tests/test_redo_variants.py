@@ -249,22 +249,14 @@ def test_utility_by_hand(positions):
 def test_scaled_incoming_weights_have_the_norm_of_the_others():
     network, optimizer, x = foreign_network("moments")
     old = network[3].weight.detach().clone()
-    _, dense = recycled(network, optimizer, x, incoming="scaled")
-    norms = network[3].weight.detach().norm(dim=1)
-    # The convolution's recycled map has taken some columns since; what was drawn had this norm
-    fresh = study.initial_weight(nn.Linear(24, 5), study_generator_after_conv())
-    expected = fresh[dense] / fresh[dense].norm(dim=1, keepdim=True) * old[~dense].norm(dim=1).mean()
-    kept = torch.ones(4, 6, dtype=torch.bool)
-    kept[1] = False
-    torch.testing.assert_close(network[3].weight.detach()[dense], expected * kept.flatten())
-    assert dense.sum() == 1 and norms[dense] > 0
-
-
-def study_generator_after_conv():
-    """The state of the generator once the foreign network's convolution has been drawn."""
+    conv, dense = recycled(network, optimizer, x, incoming="scaled")
     g = generator()
-    study.initial_weight(nn.Conv2d(1, 4, 2), g)
-    return g
+    study.initial_weight(network[0], g)  # is drawn before
+    fresh = study.initial_weight(network[3], g)
+    expected = fresh / fresh.norm(dim=1, keepdim=True) * old[~dense].norm(dim=1).mean()
+    expected.view(5, 4, 6)[:, conv] = 0  # the recycled maps' columns, afterwards
+    torch.testing.assert_close(network[3].weight.detach()[dense], expected[dense])
+    assert dense.any() and conv.any() and expected[dense].norm(dim=1).min() > 0
 
 
 def test_random_outgoing_weights_change_the_output():

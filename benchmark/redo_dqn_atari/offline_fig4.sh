@@ -10,7 +10,7 @@ source benchmark/redo_dqn_atari/runs.sh
 old_runs
 wait
 
-flags="--gradient-steps 500000 --look-every-gradient-steps 10000 --precision float32"
+flags="--gradient-steps 100000 --look-every-gradient-steps 2000 --precision float32"
 [ "$SCALE" != paper ] || flags="--gradient-steps 6250000 --look-every-gradient-steps 20000"
 [ "$SCALE" != smoke ] || flags="--gradient-steps 100 --look-every-gradient-steps 20 --dormant-batch-size 32"
 for seed in $seeds; do

@@ -11,8 +11,8 @@ source benchmark/redo_dqn_atari/runs.sh
 old_runs
 wait
 
-old=rr2 flags=""
-[ "$SCALE" != paper ] || old=rr1
+old=rr2 flags="--gradient-steps 30000 --precision float32"
+[ "$SCALE" != paper ] || old=rr1 flags=""
 [ "$SCALE" != smoke ] || flags="--gradient-steps 100 --look-every-gradient-steps 20 --dormant-batch-size 32"
 for seed in $seeds; do
   sweep studies/redo_offline.py redo_fig8 - "$seed" --targets teacher --replay "$(old_run redo-rr1 "$seed")" $flags < <(

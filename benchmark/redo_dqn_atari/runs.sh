@@ -45,9 +45,9 @@ ratio_runs() { # ratio_runs "GAMES at paper scale": Figs. 7 and 16
 }
 
 old_runs() { # Fig. 7 on two cores. Figs. 4 and 8 learn from what these runs leave: replays of rr0.25 and redo-rr1, networks
-  seeds="1 2" envs=ALE/RoadRunner-v5
-  local flags="--total-timesteps 250000 --learning-starts 5000 --exploration-steps 45000 --width 0.25 --padding valid
-    --precision float32 --eval-every 50000 --eval-steps 10000 --eval-envs 4 --dormant-every 10000"
+  seeds="1 2 3" envs=ALE/RoadRunner-v5
+  local flags="--total-timesteps 50000 --learning-starts 5000 --exploration-steps 20000 --width 0.25 --padding valid
+    --precision float32 --eval-every 25000 --eval-steps 5000 --eval-envs 4 --dormant-every 2500 --checkpoint-every 10000"
   [ "$SCALE" != smoke ] || seeds=1 flags="$ATARI_SMOKE_ALL --padding valid"
   [ "$SCALE" != paper ] || seeds="1 2 3 4 5" envs=ALE/DemonAttack-v5 flags="--total-timesteps 10000000"
   local seed
