@@ -462,7 +462,7 @@ def train(args: Args) -> Path:
         teacher = stored_agent(teacher_data).q_network.to(device, memory_format=torch.channels_last)
         learn = partial(distill, agent.q_network, teacher, optimizer, args)
 
-    run_dir, writer, lock, last_look = start_run(args, agent, optimizer, batch_rng)
+    run_dir, writer, lock, last_look = open_run(args, agent, optimizer, batch_rng)
     start_time, metrics, losses = time.time(), {}, []
     for step in range(max(0, last_look), args.gradient_steps + 1):
         # After `step` gradient steps
@@ -473,7 +473,7 @@ def train(args: Args) -> Path:
                 metrics["losses/td"] = torch.stack(losses).mean()
                 metrics["charts/gradient_steps_per_second"] = len(losses) / (time.time() - start_time)
             metrics = metrics | look(agent.q_network, states)
-            log(writer, step, metrics)
+            log_metrics(writer, step, metrics)
             if step == args.gradient_steps:
                 break
             save(run_dir, step, agent, optimizer, batch_rng)
@@ -483,7 +483,7 @@ def train(args: Args) -> Path:
         losses.append(metrics["losses/td"])
 
     writer.close()
-    finish_run(run_dir, dict(gradient_steps=args.gradient_steps) | metrics)
+    finish(run_dir, dict(gradient_steps=args.gradient_steps) | metrics)
     lock.close()
     return run_dir
 
@@ -582,7 +582,7 @@ def stored_agent(run: dict) -> NatureAgent:
     return agent
 
 
-def start_run(args: Args, agent, optimizer, batch_rng) -> tuple:
+def open_run(args: Args, agent, optimizer, batch_rng) -> tuple:
     """Creates the run's folder, with this script and args.json, or loads the checkpoint of the run to continue -> the
     folder, its TensorBoard writer, its lock, the gradient step of the checkpoint (-1 without one)."""
     from torch.utils.tensorboard import SummaryWriter
@@ -620,7 +620,7 @@ def save(run_dir: Path, step: int, agent, optimizer, batch_rng) -> None:
     save_file(run_dir / "checkpoint.pt", content | dict(step=step))
 
 
-def log(writer, step: int, metrics: dict) -> None:
+def log_metrics(writer, step: int, metrics: dict) -> None:
     """Logs the metrics; ends the program when one is not a finite number."""
     for tag, value in metrics.items():
         writer.add_scalar(tag, float(value), step)
@@ -631,7 +631,7 @@ def log(writer, step: int, metrics: dict) -> None:
             raise SystemExit(1)
 
 
-def finish_run(run_dir: Path, summary: dict) -> None:
+def finish(run_dir: Path, summary: dict) -> None:
     """Writes summary.json: with it the run counts as finished."""
     save_file(run_dir / "summary.json", {name: float(value) for name, value in summary.items()})
     print(f"{run_dir}: {float(summary['dormant_ratio_tau0/all']):.1%} of the neurons are dormant (tau 0)")

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait for each other
@@ -24,6 +25,13 @@ def clean_slate(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """The compiler is PyTorch's own affair: without its last stage, which takes half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,7 @@ def test_every_switch_changes_the_run(flags, serial, outcomes):
     helpers.assert_new_outcome(rr, ADAPTIVE, flags, outcomes)
 
 
-def test_bfloat16_and_compile_change_digits_but_not_results(serial):
+def test_bfloat16_and_compile_change_digits_but_not_results(serial, quick_compiler):
     """One gradient step on the same batch."""
     results = []
     for flags in ([], ["--precision", "bfloat16"], ["--compile"]):

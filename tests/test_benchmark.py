@@ -406,8 +406,8 @@ def checkout(tmp_path):
 
 
 @pytest.mark.parametrize("name, runs", [
-    ("redo_dqn_atari/fig9_redo", 2), ("drqv2_plasticity/fig3_fau", 2), ("adaptive_rr/fig9_returns", 3),
-    ("drm/fig2_hopper", 1), ("redo_dqn_atari/supervised_fig3", 5), ("crl_deep/depth_offline_fig8", 12),
+    ("redo_dqn_atari/offline_fig8", 7), ("drqv2_plasticity/fig3_fau", 2), ("adaptive_rr/fig9_returns", 3),
+    ("drm/fig2_hopper", 1), ("redo_dqn_atari/supervised_fig3", 5), ("crl_deep/depth_offline_fig8", 6),
 ])  # fmt: skip
 def test_a_sweep_of_every_other_script(name, runs, checkout, tmp_path):
     done = checkout(name)
@@ -429,15 +429,15 @@ for i in $(seq ${array%-*} ${array#*-}); do SLURM_ARRAY_TASK_ID=$i bash -c "$com
 """)
     (stub / "sbatch").chmod(0o755)
     path = f"{stub}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    name = "benchmark/drqv2_plasticity/fig3_fau.sh"
+    name = "benchmark/redo_dqn_atari/fig9_redo.sh"
     first = checkout("slurm", name, "--time=1", PATH=path)
     assert first.returncode == 0, first.stderr
     submitted = (tmp_path / "sbatch-arguments").read_text().splitlines()
     assert {"--array=1-2", "--time=1", "--signal=B:TERM@300"} <= set(submitted)
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 2
-    assert "of 2 runs 2 were finished before" in checkout("drqv2_plasticity/fig3_fau").stdout
-    assert "all runs of drqv2_plasticity_fig3_fau_smoke are finished" in checkout("slurm", name, PATH=path).stdout
-    (cut_off,) = tmp_path.glob("runs/*plain*/summary.json")
+    assert "of 2 runs 2 were finished before" in checkout("redo_dqn_atari/fig9_redo").stdout
+    assert "all runs of redo_dqn_atari_fig9_redo_smoke are finished" in checkout("slurm", name, PATH=path).stdout
+    (cut_off,) = tmp_path.glob("runs/*-dqn__*/summary.json")
     cut_off.unlink()
     printed = checkout("slurm", name, "--dry-run", PATH=path)
     assert printed.stdout.startswith("sbatch --array=1-1 ") and not cut_off.exists()

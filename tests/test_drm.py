@@ -689,7 +689,7 @@ def test_every_switch_changes_the_run(flags, serial, outcomes):
     helpers.assert_new_outcome(drm, DRM, flags, outcomes)
 
 
-def test_bfloat16_and_compile_change_digits_but_not_results(serial):
+def test_bfloat16_and_compile_change_digits_but_not_results(serial, quick_compiler):
     """One gradient step on the same batch."""
     results = []
     for flags in ([], ["--precision", "bfloat16"], ["--compile"]):
@@ -697,6 +697,7 @@ def test_bfloat16_and_compile_change_digits_but_not_results(serial):
         results.append({tag: list(values.values())[0] for tag, values in scalars(run_dir).items() if "losses" in tag})
     assert results[0] == pytest.approx(results[1], rel=0.05, abs=0.01) and results[0] != results[1]
     assert results[0] == pytest.approx(results[2], rel=1e-3, abs=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_the_value_network_has_random_numbers_of_its_own():

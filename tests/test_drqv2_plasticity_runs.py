@@ -309,11 +309,12 @@ def test_every_switch_changes_the_run(flags, serial, outcomes):
 
 
 @pytest.mark.parametrize("flag, tolerance", [(["--precision", "bfloat16"], 0.1), (["--compile"], 0.01)], ids=str)
-def test_speed_flags_change_bits_but_not_results(flag, tolerance, serial):
+def test_speed_flags_change_bits_but_not_results(flag, tolerance, serial, quick_compiler):
     flags = [*PIXELS, "--total-timesteps", 40, "--injection", "critic", "--injection-step", 36]
     plain, fast = run(*flags), run(*flags, *flag)
     for name, value in checkpoint(plain)["agent"].items():
         torch.testing.assert_close(checkpoint(fast)["agent"][name], value, atol=2e-3, rtol=tolerance)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == ("--compile" in flag)
 
 
 def test_a_run_learns(serial):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import helpers
@@ -316,10 +315,8 @@ def test_every_switch_of_the_game_changes_the_run(flag, outcomes):
 
 
 @pytest.mark.parametrize("flag, tolerance", [("--precision bfloat16", 0.1), ("--compile", 0.01)])
-def test_speed_flags_change_bits_but_not_results(flag, tolerance, monkeypatch):
-    """The compiler is PyTorch's own affair: without its last stage, which takes half a minute."""
+def test_speed_flags_change_bits_but_not_results(flag, tolerance, quick_compiler, monkeypatch):
     use_fake_games(monkeypatch)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     flags, key = [*ATARI_DQN, "--method", "dqn", "--total-timesteps", 120], "q_network.layers.head.weight"
     plain, fast = (checkpoint(run(*flags, *more))["agent"][key] for more in ([], flag.split()))
     if flag == "--compile":  # may well give the same bits

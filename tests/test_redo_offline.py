@@ -189,7 +189,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(played, flags, monkeypatch):
         run("--replay", played, *TINY, *flags, "--exp-name", "part")
     (part,) = Path("runs").glob("*part*")
     assert not (part / "summary.json").exists() and checkpoint(part)["step"] == 20
-    study.start_run.__globals__["fcntl"].flock(open(part / "lock"), study.fcntl.LOCK_UN)
+    study.open_run.__globals__["fcntl"].flock(open(part / "lock"), study.fcntl.LOCK_UN)
     run("--resume", part)
     assert_same(checkpoint(whole), checkpoint(part))
     speed = "charts/gradient_steps_per_second"

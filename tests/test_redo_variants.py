@@ -320,7 +320,7 @@ def test_per_element_adam_by_hand():
 
 
 @pytest.mark.parametrize("weight_decay, compiled", [(0.0, False), (0.1, False), (0.1, True)])
-def test_per_element_adam_is_adam_until_something_is_forgotten(weight_decay, compiled):
+def test_per_element_adam_is_adam_until_something_is_forgotten(weight_decay, compiled, quick_compiler):
     torch.manual_seed(0)
     start, options = torch.randn(5, 3), dict(lr=0.01, eps=1e-4, weight_decay=weight_decay)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())

@@ -12,8 +12,9 @@ name=crl_depth_offline_fig8 # the study is named, not the script
 seeds=11 flags="" long=14000
 [ "$SCALE" != paper ] || seeds="11 12 13 14 15"
 [ "$SCALE" != smoke ] || { long=60 flags="--gradient-steps 40 --num-paths 64 --eval-every 20 --eval-episodes 16"; }
+few() { if [ "$SCALE" = smoke ]; then grep -E "^(depth4|depth32|width64|longer|data2-depth32|big_maze-depth32) "; else cat; fi; }
 for seed in $seeds; do # seed by seed: all arms of one are done before the next begins
-  sweep studies/crl_depth_offline.py depth - "$seed" $flags < <(
+  sweep studies/crl_depth_offline.py depth - "$seed" $flags < <(few < <(
     for depth in 4 8 16 32; do echo "depth$depth --depth $depth"; done
     echo "width64 --width 64"
     echo "width128 --width 128"
@@ -23,6 +24,6 @@ for seed in $seeds; do # seed by seed: all arms of one are done before the next 
     echo "big_maze-depth4 --maze big_maze"
     echo "big_maze-depth16 --maze big_maze --depth 16"
     echo "big_maze-depth32 --maze big_maze --depth 32"
-  )
+  ))
 done
 draw benchmark/crl_deep/depth_offline_plot.py --runs "depth-$SCALE-*"
