@@ -19,6 +19,7 @@ import crl_deep
 import drm
 import drqv2_plasticity
 import redo_dqn_atari
+import redo_sac
 
 
 def benchmark(path):
@@ -57,7 +58,8 @@ def run(script, *flags):
 
 def ring_of(script):
     """The class of its replay."""
-    return {redo_dqn_atari: "FrameReplay", crl_deep: "Replay"}.get(script, "PixelReplay")
+    own = {redo_dqn_atari: "FrameReplay", crl_deep: "Replay", redo_sac: "TransitionReplay"}
+    return own.get(script, "PixelReplay")
 
 
 def stopped_run(script, step, *flags):

@@ -1,0 +1,321 @@
+"""SAC with ReDo: the update by hand, the replay, what happens to the networks and when, whole runs, mistakes."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run, wait_for
+
+import redo_sac as study
+
+TINY = (
+    "--env-id InvertedPendulum-v5 --width 0.05 --batch-size 8 --learning-starts 40 --total-timesteps 140 "
+    "--eval-every 70 --eval-episodes 2 --dormant-every 40 --dormant-batch-size 16 --redo-period-gradient-steps 25 "
+    "--reset-period-gradient-steps 30 --exp-name tiny"
+).split()
+
+
+def run(*flags):
+    return study.train(study.parse_args([str(flag) for flag in flags]))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small_agent(**changes):
+    """-> agent of 3 observations and 2 actions, its optimizers, arguments, a batch of 16."""
+    args = study.Args(device="cpu", width=0.05, **changes)
+    agent = study.SACAgent(3, 2, args)
+    torch.manual_seed(0)
+    batch = torch.randn(16, 3), torch.rand(16, 2) * 2 - 1, torch.randn(16, 1), (torch.rand(16, 1) < 0.3).float()
+    batch = *batch, torch.randn(16, 3)
+    return agent, study.make_sac_optimizers(agent, args, torch.device("cpu")), args, batch
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+def test_the_update_by_hand():
+    """Losses, and one step of Adam from zero moments: each weight moves by the learning rate against its gradient."""
+    agent, optimizers, args, batch = small_agent()
+    old = copy.deepcopy(agent).double()  # log(1 - tanh(u)^2) as it stands has too few digits in float32
+    torch.manual_seed(5)
+    metrics = study.update(agent, optimizers, args, batch)
+    obs, action, reward, terminated, next_obs = (x.double() for x in batch)
+    torch.manual_seed(5)
+
+    def sample(obs):
+        mean, log_std = old.actor(obs)[0].chunk(2, -1)
+        u = mean + log_std.exp() * torch.randn(16, 2).double()
+        log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(u) - torch.log(1 - torch.tanh(u) ** 2)
+        return torch.cat([obs, torch.tanh(u)], -1), log_prob.sum(-1, keepdim=True)
+
+    x, log_prob = sample(next_obs)
+    value = torch.minimum(old.target1(x)[0], old.target2(x)[0]) - 1.0 * log_prob  # alpha begins at 1
+    target = (0.1 * reward + 0.99 * (1 - terminated) * value).detach()
+    x = torch.cat([obs, action], -1)
+    critic_loss = 0.5 * ((old.critic1(x)[0] - target) ** 2 + (old.critic2(x)[0] - target) ** 2).mean()
+    assert metrics["losses/critic"].item() == pytest.approx(critic_loss.item(), rel=1e-4)
+    assert metrics["losses/targets"].item() == pytest.approx(target.mean().item(), rel=1e-4, abs=1e-5)
+
+    # The policy's loss is taken with the critics after their step
+    new = copy.deepcopy(agent).double()
+    x, log_prob = sample(obs)
+    actor_loss = (log_prob - torch.minimum(new.critic1(x)[0], new.critic2(x)[0])).mean()
+    assert metrics["losses/actor"].item() == pytest.approx(actor_loss.item(), rel=1e-4)
+    assert metrics["losses/entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-4)
+
+    entropy_too_low = -log_prob.mean().item() < -1  # the wanted entropy of 2 actions
+    assert agent.log_alpha.item() == pytest.approx(3e-4 if entropy_too_low else -3e-4, rel=1e-3)
+    gradients = torch.autograd.grad(actor_loss, list(old.actor.parameters()))
+    for before, after, gradient in zip(old.actor.parameters(), agent.actor.parameters(), gradients):
+        clear = gradient.abs() > 1e-4
+        torch.testing.assert_close((after - before)[clear], -3e-4 * gradient.sign()[clear], atol=2e-6, rtol=0)
+    gradients = torch.autograd.grad(critic_loss, list(old.critic1.parameters()))
+    for before, after, gradient in zip(old.critic1.parameters(), agent.critic1.parameters(), gradients):
+        clear = gradient.abs() > 1e-4
+        assert clear.any()
+        torch.testing.assert_close((after - before)[clear], -3e-4 * gradient.sign()[clear], atol=2e-6, rtol=0)
+    for before, after, critic in zip(old.target2.parameters(), agent.target2.parameters(), agent.critic2.parameters()):
+        torch.testing.assert_close(after.double(), 0.995 * before + 0.005 * critic, atol=1e-6, rtol=1e-5)
+
+
+def test_targets_begin_as_copies_of_different_critics():
+    agent, *_ = small_agent()
+    for critic, target in ((agent.critic1, agent.target1), (agent.critic2, agent.target2)):
+        assert_same(dict(critic.state_dict()), dict(target.state_dict()))
+    assert not torch.equal(agent.critic1.head.weight, agent.critic2.head.weight)
+    bound = math.sqrt(6 / (5 + 13))
+    assert 0.9 * bound < agent.critic1.hidden1.weight.abs().max() < bound and not agent.critic1.hidden1.bias.any()
+
+
+def test_a_batch_is_a_row_and_the_ring_forgets_the_oldest():
+    replay = study.TransitionReplay(5, 3, 2, "cpu")
+    for i in range(7):
+        replay.add(np.full(3, i), np.full(2, 10 + i), 20 + i, i % 2 == 0, np.full(3, 30 + i))
+        assert len(replay) == min(i + 1, 5)
+    obs, action, reward, terminated, next_obs = replay.sample(200, generator())
+    assert set(obs[:, 0].tolist()) == {2, 3, 4, 5, 6}
+    assert torch.equal(action, obs[:, :2] + 10) and torch.equal(next_obs, obs + 30)
+    assert torch.equal(reward, obs[:, :1] + 20) and torch.equal(terminated, (obs[:, :1] % 2 == 0).float())
+
+
+def test_weight_decay_is_for_weights_alone():
+    agent, optimizers, args, batch = small_agent(weight_decay=1e6)
+    other, plain, no_decay, _ = small_agent()
+    for a, o, settings in ((agent, optimizers, args), (other, plain, no_decay)):
+        torch.manual_seed(1)
+        study.update(a, o, settings, batch)
+    assert not torch.equal(agent.critic1.hidden1.weight, other.critic1.hidden1.weight)
+    assert torch.equal(agent.critic1.hidden1.bias, other.critic1.hidden1.bias)
+    old, *_ = small_agent()
+    change = agent.critic1.hidden1.weight - old.critic1.hidden1.weight
+    assert torch.equal(change.sign(), -old.critic1.hidden1.weight.sign())
+
+
+# --- what is done to the networks -------------------------------------------------------------------------------------
+def prepared(method, **changes):
+    """An agent after 5 updates, in which neurons 0 and 1 of every layer are silent, and a replay."""
+    agent, optimizers, args, batch = small_agent(method=method, redo_period_gradient_steps=10, **changes)
+    for _ in range(5):
+        study.update(agent, optimizers, args, batch)
+    with torch.no_grad():
+        for network in (agent.actor, agent.critic1, agent.critic2):
+            for layer in (network.hidden1, network.hidden2):
+                layer.bias[:2] = -1e6
+    replay = study.TransitionReplay(16, 3, 2, "cpu")
+    for row in zip(*(x.numpy() for x in batch)):
+        replay.add(row[0], row[1], row[2][0], row[3][0], row[4])
+    return agent, optimizers, args, replay, batch
+
+
+def intervene(agent, optimizers, args, replay, gradient_steps):
+    device = torch.device("cpu")
+    return study.intervene(agent, optimizers, replay, gradient_steps, args, generator(), device)
+
+
+def test_redo_recycles_policy_and_critics_and_changes_no_output():
+    agent, optimizers, args, replay, batch = prepared("redo")
+    before = [*agent.critics(*batch[:2]), agent.actor(batch[0])[0]]
+    targets = copy.deepcopy(agent.target1.state_dict())
+    assert intervene(agent, optimizers, args, replay, 9) == {}
+    metrics = intervene(agent, optimizers, args, replay, 10)
+    assert metrics["events/redo_q_change"] == 0 and all(
+        metrics[f"redo_recycled/{m}"] >= 4 for m in ("actor", "critic1")
+    )
+    for a, b in zip(before, [*agent.critics(*batch[:2]), agent.actor(batch[0])[0]]):
+        torch.testing.assert_close(a, b)
+    for network, optimizer in ((agent.actor, optimizers[0]), (agent.critic2, optimizers[1])):
+        assert not network.hidden1.bias[:2].any() and not network.hidden2.weight[:, :2].any()
+        assert network.hidden1.weight[:2].all() and not network.head.weight[:, :2].any()
+        assert not optimizer.state[network.hidden1.weight]["exp_avg"][:2].any()
+    assert_same(dict(targets), dict(agent.target1.state_dict()))
+
+
+def test_pruned_neurons_stay_silent_in_targets_too():
+    agent, optimizers, args, replay, batch = prepared("prune", weight_decay=0.1)
+    metrics = intervene(agent, optimizers, args, replay, 20)
+    assert metrics["pruned/actor"] >= 4 and metrics["events/redo_q_change"] == 0
+    for _ in range(5):
+        study.update(agent, optimizers, args, batch)
+    x = torch.cat(batch[:2], -1)
+    for network, inputs in ((agent.actor, batch[0]), (agent.critic1, x), (agent.target2, x)):
+        for h in network(inputs)[1].values():
+            assert not h[:, :2].any() and h.any()
+
+
+def test_a_reset_renews_everything_and_the_targets_follow():
+    agent, optimizers, args, replay, batch = prepared("reset", reset_period_gradient_steps=7)
+    old = copy.deepcopy(agent)
+    assert intervene(agent, optimizers, args, replay, 8) == {}
+    assert intervene(agent, optimizers, args, replay, 14) == {"events/reset": 1}
+    for name in ("actor", "critic1", "critic2"):
+        for layer in ("hidden1", "hidden2", "head"):
+            new, before = (getattr(getattr(a, name), layer) for a in (agent, old))
+            assert (new.weight != before.weight).all() and not new.bias.any()
+    for a, b in zip([*agent.target1.parameters()], [*agent.critic1.parameters()]):
+        torch.testing.assert_close(a, b)
+    assert not any(s["exp_avg"].any() for o in optimizers[:2] for s in o.state.values())
+
+
+def test_dormant_ratios_by_network():
+    agent, _, _, _, (obs, action, *_) = prepared("redo")
+    metrics = study.measure_networks(agent, obs, action)
+    h = agent.critic1(torch.cat([obs, action], -1))[1]
+    silent = torch.cat([(layer <= 0).all(0) for layer in h.values()]).float().mean()
+    assert metrics["dormant_ratio_tau0/critic1"] == pytest.approx(silent.item()) and silent >= 2 / 13
+    names = [f"dormant_ratio_tau0/{name}" for name in ("actor", "critic1", "critic2")]
+    assert metrics["dormant_ratio_tau0/all"] == pytest.approx(np.mean([metrics[name] for name in names]))
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags, events", [
+    ([], {"redo_q_change": 4}), (["--method", "reset"], {"reset": 3}), (["--replay-ratio", 2], {"redo_q_change": 8}),
+    (["--method", "prune"], {"redo_q_change": 4}), (["--method", "sac"], {}),
+], ids=str)  # fmt: skip
+def test_how_often_what_happens(flags, events):
+    run_dir = run(*TINY, *flags)
+    logged, summary = scalars(run_dir), json.loads((run_dir / "summary.json").read_text())
+    assert summary["gradient_steps"] == 100 * (2 if "--replay-ratio" in flags else 1) and summary["global_step"] == 140
+    counts = {}
+    for name in ("redo_q_change", "reset"):
+        events_file = logged.get(f"events/{name}", {})
+        counts |= {name: len(events_file)} if events_file else {}
+    assert counts == events
+    assert 70 <= min(logged["eval/episodic_return"]) and 140 in logged["eval/episodic_return"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--gamma", 0.5], ["--learning-rate", 0.01], ["--tau", 0.5], ["--reward-scale", 1], ["--width", 0.1],
+    ["--batch-size", 16], ["--learning-starts", 60], ["--buffer-size", 50], ["--weight-decay", 1], ["--seed", 2],
+    ["--redo-tau", 0.5], ["--redo-tau", 0.5, "--redo-batch-size", 4], ["--precision", "bfloat16"],
+    ["--redo-tau", 0.5, "--redo-period-gradient-steps", 40], ["--method", "reset"],
+], ids=str)  # fmt: skip
+def test_every_flag_changes_what_is_learned(flags):
+    a, b = (checkpoint(run(*TINY, *more))["agent"] for more in ([], flags))
+    assert a["actor.head.weight"].shape != b["actor.head.weight"].shape or not torch.equal(
+        a["actor.head.weight"], b["actor.head.weight"]
+    )
+
+
+def test_same_seed_same_bits_and_looking_changes_nothing():
+    first = run(*TINY)
+    assert_same(checkpoint(first)["agent"], checkpoint(run(*TINY))["agent"])
+    other = run(*TINY, "--dormant-every", 1000, "--eval-every", 1000, "--eval-episodes", 1)
+    assert_same(checkpoint(first)["agent"], checkpoint(other)["agent"])
+
+
+@pytest.mark.parametrize("dies", [45, 97, 130])
+def test_killed_and_resumed_is_bit_identical(dies):
+    """Checkpoints between episodes, from step 15 on; then killed once more within the resumed run."""
+    flags = [*TINY, "--checkpoint-every", 15, "--redo-tau", 0.3]
+    whole, replay = run_and_replay(study, *flags)
+    part = killed_run(study, dies, *flags)
+    assert 0 < checkpoint(part)["global_step"] <= dies
+    killed_run(study, 8, "--resume", part)
+    _, resumed = run_and_replay(study, "--resume", part)
+    assert_same(checkpoint(whole), checkpoint(part))
+    assert_same(replay, resumed)
+    assert scalars(whole) == scalars(part)
+
+
+def test_kill_9_leaves_a_whole_checkpoint():
+    command = [sys.executable, study.__file__, *TINY, "--total-timesteps", "10000000", "--buffer-size", "4000"]
+    command += ["--checkpoint-every", "40"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")), process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (run_dir,) = Path("runs").iterdir()
+    saved = checkpoint(run_dir)["global_step"]
+    run("--resume", run_dir, "--total-timesteps", saved + 50)
+    assert checkpoint(run_dir)["global_step"] == saved + 50
+
+
+def test_a_signal_cuts_the_episode_saves_and_goes_on():
+    part = stopped_run(study, 60, *TINY)
+    assert checkpoint(part)["global_step"] == 60 and not (part / "summary.json").exists()
+    run("--resume", part)
+    assert checkpoint(part)["gradient_steps"] == 100 and (part / "summary.json").exists()
+
+
+def test_a_new_agent_learns_from_a_failed_ones_replay():
+    old, replay = run_and_replay(study, *TINY, "--checkpoint-replay", "always")
+    new, both = run_and_replay(study, *TINY, "--replay-from", old, "--seed", 2)
+    assert both["num_added"] == 280 and torch.equal(both["rows"][:140], replay["rows"])
+    assert checkpoint(new)["gradient_steps"] == 140  # from the first step on
+
+
+def test_a_film(tmp_path):
+    run_dir = run(*TINY, "--capture-video")
+    assert len(list((run_dir / "films").glob("*.mp4"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_learns():
+    """Balances the pole (1000 steps) after 8000 steps."""
+    flags = ["--env-id", "InvertedPendulum-v5", "--width", 0.25, "--learning-starts", 1000, "--total-timesteps", 8000]
+    logged = scalars(run(*flags, "--eval-every", 8000, "--eval-episodes", 3, "--reward-scale", 1))
+    assert list(logged["eval/episodic_return"].values())[-1] > 500
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags, message", [
+    ("--env-id Aunt-v5", "--env-id Aunt-v5: cannot be played"),
+    ("--env-id CartPole-v1", "--env-id CartPole-v1: cannot be played (ValueError: it needs flat observations"),
+    ("--method sac --redo-tau 0.1", "--redo-tau 0.1: does nothing without --method redo or prune"),
+    ("--replay-ratio 0", "--replay-ratio 0: must lie between 1"),
+    ("--total-timesteps 40", "--total-timesteps 40: must be more than --learning-starts 40"),
+    ("--replay-from nowhere", "--replay-from nowhere: has no replay that fits"),
+    ("--width 60 --buffer-size 1000000000000 --total-timesteps 1000000000000", "the run needs about"),
+    ("--resume nowhere", "--resume nowhere: is not the folder of a run"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*(TINY if "--resume" not in flags else []), *flags.split())
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert os.listdir() == []
+
+
+def test_a_replay_of_another_environment_is_refused(capsys):
+    old = run(*TINY, "--checkpoint-replay", "always")
+    with pytest.raises(SystemExit):
+        run(*TINY, "--env-id", "Hopper-v5", "--replay-from", old)
+    assert "it is one of another environment" in capsys.readouterr().err
+
+
+def test_a_copy_in_an_empty_folder_runs():
+    shutil.copy(study.__file__, "mine.py")
+    done = subprocess.run([sys.executable, "mine.py", *TINY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
