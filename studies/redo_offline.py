@@ -12,38 +12,41 @@ Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902), and two questions around th
 
 Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):                          -> `dormant_score`
     s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; tau-dormant if s_i <= tau
-DQN learns from the replay that a finished run of redo_dqn_atari.py has left. One gradient step is on        -> `update`
+DQN learns from the replay that a finished run of redo_dqn_atari.py has kept. One gradient step is on        -> `update`
     Huber( q(o, a), y )        y = r + gamma max_a' q_target(o', a')
 
-Is it new data or new targets that silence neurons? Fig. 4 keeps the data, and then the targets, too (--targets):
+Is it new data or new targets that silence neurons? Fig. 4 fixes the data, and then the targets, too (--targets):
     bootstrapped   y as above, which moves with the network. Dormant at tau 0 after 6.25M gradient steps in the paper,
                    on DemonAttack and Asterix: 34 and 54%
     random         y = q_random(o, a) of a network that never learns: 25 and 20%, after a dip    -> `random_targets`
     monte-carlo    y = r + gamma r' + ... to the end of the episode; not in the paper              -> `returns_to_go`
 Fixed targets need no update of their own: they become the rewards of transitions that all terminate. -> `fix_targets`
 
-Do dormant neurons make it harder to learn something new? In Fig. 8 an old network, which has learned for long, and a
-new one learn the q-values of a good agent, of all actions at once (--targets teacher):                   -> `distill`
+Do dormant neurons make it harder to learn something new? In Fig. 8 an old network, which has been learning for a long
+time, and a new one learn the q-values of a good agent, of all actions at once (--targets teacher):       -> `distill`
     Huber( q(o, .), q_teacher(o, .) )
     Paper, DemonAttack, 50,000 gradient steps: the new network's loss falls from 7 to 0.1; the old one's from 0.25 to
-    0.16, then rises to 0.7. Dormant neurons: from 18 to 48% in the new one, from 61 to 98% in the old one.
+    0.16, then rises to 0.7. Dormant (tau is not said): from 18 to 48% in the new one, from 61 to 98% in the old one.
 Which neurons are dormant depends on the states: the shares in `dormant_ratio_*` are over the whole replay's, those in
-`dormant_by_states_*` also over its oldest tenth, its newest, and noise.                              -> `look_states`
+`dormant_by_states_*` also over its oldest tenth, its newest tenth, and noise.                        -> `look_states`
 
-    python redo_dqn_atari.py --checkpoint-replay always                                  leaves a replay for all below
-    python studies/redo_offline.py --replay runs/<run> --targets random                  Fig. 4; the others likewise
-    python studies/redo_offline.py --replay runs/<good run> --targets teacher            Fig. 8, the new network
-    python studies/redo_offline.py --replay runs/<good run> --targets teacher --student runs/<run>     and the old one
-    SCALE=small bash benchmark/redo_dqn_atari/offline_fig8.sh         all of it; and offline_fig4.sh: README.md there
+    SCALE=small bash benchmark/redo_dqn_atari/offline_fig8.sh             all that Fig. 8 needs; offline_fig4.sh: Fig. 4
+    python redo_dqn_atari.py --method dqn --replay-ratio 1 --checkpoint-replay always       data for Fig. 4, 7 GB; or an
+                                                                                            old network
+    python redo_dqn_atari.py --replay-ratio 1 --checkpoint-replay always                    a good agent: ReDo
+    python studies/redo_offline.py --replay runs/<dqn> --targets random                     Fig. 4; likewise the others
+    python studies/redo_offline.py --replay runs/<redo> --targets teacher                   Fig. 8, the new network
+    python studies/redo_offline.py --replay runs/<redo> --targets teacher --student runs/<dqn>          and the old one
 
-There is no public code for these figures. The paper's: the replay of a DQN agent, the Nature network, Adam, batches of
-32, learning rate 6.25e-5, a target network renewed every 2000 gradient steps. What it does not say is our choice:
+There is no public code for these figures. Batch size, Adam, learning rate and target network are those of Dopamine's
+offline DQN. What neither says is our choice:
  1. Random targets are scaled to the mean and standard deviation of the Monte-Carlo returns: as large as real ones.
- 2. The teacher is the network of the run whose replay is used (--teacher: of another); students see states of that
-    replay and begin with a new Adam (--keep-adam: with that of their run).
- 3. A return ends where the frames end: rewards after the end of the run are missing.
- 4. A new network is built like that of the run whose replay is used.
-Your own targets: `fix_targets`. A run that was killed goes on, bit for bit, with --resume.
+ 2. Returns sum the stored, clipped rewards with the run's discount. They end where an episode is truncated, where the
+    data end and, with --protocol cleanrl, where a life is lost. Bootstrapped targets take 1 step.
+ 3. The teacher is the network of the run whose replay is used (--teacher: of another); students see states of that
+    replay, learn by the Huber loss, and begin with a new Adam (--keep-adam: with that of their run).
+ 4. A new network is built like that of the run whose replay is used, with weights of its own.
+Your own targets: `fix_targets`. A run that was killed goes on with --resume, on a CPU bit for bit.
 """
 
 import copy
@@ -53,6 +56,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -89,7 +93,7 @@ class Args:
 
     # Learning
     gradient_steps: Count = 50_000  # of the whole run (the paper's Fig. 4: 6,250,000)
-    batch_size: Count = 32  # transitions per gradient step
+    batch_size: Annotated[int, (1, 65_536)] = 32  # transitions per gradient step
     learning_rate: NonNegative = 6.25e-5  # Adam's
     adam_eps: NonNegative = 1.5e-4  # Adam's epsilon
     loss: Literal["huber", "mse"] = "huber"  # of the difference between q and its target
@@ -97,7 +101,7 @@ class Args:
 
     # Logging
     look_every_gradient_steps: Count = 500  # between looks at the dormant neurons, and checkpoints (Fig. 4: 20,000)
-    dormant_batch_size: Count = 256  # states that the scores are taken over
+    dormant_batch_size: Annotated[int, (1, 65_536)] = 256  # states that the scores are taken over
 
 
 SCRIPT = "redo_offline"
@@ -444,13 +448,11 @@ def train(args: Args) -> Path:
     if args.targets in ("random", "monte-carlo"):
         targets = returns_to_go(replay)
         if args.targets == "random":
-            network = new_agent(data, args.seed).q_network
-            network.initialise(random_stream(args.seed, 5))
-            targets = random_targets(replay, network.to(device), targets, device)
+            targets = random_targets(replay, new_agent(data, args.seed, 5).q_network.to(device), targets, device)
         fix_targets(replay, targets)
 
     # The student, and its teacher
-    agent = stored_agent(student_data) if args.student else new_agent(data, args.seed)
+    agent = stored_agent(student_data) if args.student else new_agent(data, args.seed, 6)
     agent = agent.to(device, memory_format=torch.channels_last)
     options = dict(lr=args.learning_rate, eps=args.adam_eps, fused=device.type != "mps")
     optimizer = torch.optim.Adam(agent.q_network.parameters(), **options)
@@ -462,22 +464,23 @@ def train(args: Args) -> Path:
         teacher = stored_agent(teacher_data).q_network.to(device, memory_format=torch.channels_last)
         learn = partial(distill, agent.q_network, teacher, optimizer, args)
 
-    run_dir, writer, lock, last_look = open_run(args, agent, optimizer, batch_rng)
-    start_time, metrics, losses = time.time(), {}, []
+    run_dir, writer, lock, last_look, metrics = open_run(args, agent, optimizer, batch_rng)
+    start_time, losses = time.time(), []
     for step in range(max(0, last_look), args.gradient_steps + 1):
         # After `step` gradient steps
         if args.targets == "bootstrapped" and step % args.target_network_frequency_gradient_steps == 0:
             agent.update_target()
-        if step % args.look_every_gradient_steps == 0 and step > last_look:
+        finished = step == args.gradient_steps
+        if (finished or step % args.look_every_gradient_steps == 0) and step > last_look:
             if losses:
-                metrics["losses/td"] = torch.stack(losses).mean()
+                metrics["losses/td"] = torch.stack(losses).mean()  # of all batches since the last look
                 metrics["charts/gradient_steps_per_second"] = len(losses) / (time.time() - start_time)
-            metrics = metrics | look(agent.q_network, states)
+            metrics = {tag: float(value) for tag, value in (metrics | look(agent.q_network, states)).items()}
             log_metrics(writer, step, metrics)
-            if step == args.gradient_steps:
-                break
-            save(run_dir, step, agent, optimizer, batch_rng)
+            save(run_dir, step, metrics, agent, optimizer, batch_rng)
             start_time, losses = time.time(), []
+        if finished:
+            break
 
         metrics = learn(tuple(x.to(device) for x in replay.sample(args.batch_size, batch_rng)))
         losses.append(metrics["losses/td"])
@@ -520,33 +523,32 @@ def check_args(args: Args) -> tuple:
     check_values(args)
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     device = args.device if args.device != "auto" else "cuda" if here["cuda"] else "cpu"
-    every, default = args.look_every_gradient_steps, Args().target_network_frequency_gradient_steps
+    default = Args().target_network_frequency_gradient_steps
     for name, fine, limit in (
         ("device", here[device], "torch sees no such device here"),
         ("replay", args.replay, "is missing: the folder of a finished run of redo_dqn_atari.py"),
         ("teacher", args.targets == "teacher" or not args.teacher, "does nothing without --targets teacher"),
         ("keep_adam", args.student or not args.keep_adam, "does nothing without --student"),
-        ("gradient_steps", args.gradient_steps % every == 0, f"must be a multiple of the steps between looks, {every}"),
         ("target_network_frequency_gradient_steps", args.targets == "bootstrapped"
          or args.target_network_frequency_gradient_steps == default, "does nothing without --targets bootstrapped"),
-        ("exp_name", args.exp_name.isprintable() and not set(args.exp_name) & set("/*?["), "is no name for a folder"),
+        ("exp_name", args.exp_name.isprintable() and not set(args.exp_name) & set("/*?["), "is no valid folder name"),
     ):  # fmt: skip
         if not fine:
             refuse(name, getattr(args, name), limit)
     data = read_run("replay", args.replay)
-    if "replay" not in data:
-        refuse("replay", args.replay, "its checkpoint contains no replay: make the run with --checkpoint-replay always")
+    if "replay" not in data or not data["replay"]["num_starts"]:
+        refuse("replay", args.replay, "its checkpoint contains no replay: that run needs --checkpoint-replay always")
     teacher = read_run("teacher", args.teacher) if args.teacher else data
     student = read_run("student", args.student) if args.student else None
     for name, run in (("teacher", teacher), ("student", student)):
         if run and run["args"]["env_id"] != data["args"]["env_id"]:
-            played = f"has played {run['args']['env_id']}, the replay is of {data['args']['env_id']}"
+            played = f"played {run['args']['env_id']}, but the replay is of {data['args']['env_id']}"
             refuse(name, getattr(args, name), played)
     return data, teacher, student, torch.device(device)
 
 
 def read_run(flag: str, folder: str) -> dict:
-    """What is in a run's checkpoint, with its arguments as "args"."""
+    """What is in a finished run's checkpoint, with its arguments as "args"."""
     try:
         description = json.loads((Path(folder) / "args.json").read_text())
         if description["script"] != "redo_dqn_atari" or description["args"]["network"] != "nature":
@@ -554,37 +556,43 @@ def read_run(flag: str, folder: str) -> dict:
         content = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
         content["args"] = description["args"]
         stored_agent(content)
+        if not (Path(folder) / "summary.json").exists():
+            raise ValueError("it is not finished")
         return content
     except Exception as error:
-        line = f"is no run of redo_dqn_atari.py with a Nature network ({type(error).__name__}: {str(error)[:200]})"
+        line = f"is not a run of redo_dqn_atari.py that can be used ({type(error).__name__}: {str(error)[:200]})"
         refuse(flag, folder, line)
 
 
 def stored_replay(run: dict, device) -> FrameReplay:
-    """The replay of a run, with 1-step returns; on a GPU if that computes, or else in memory."""
+    """The replay of a run, with 1-step returns; on the GPU if that does the computing and it fits."""
     state = run["replay"]
     capacity = min(state["capacity"], state["num_frames"])
-    replay = FrameReplay(capacity, device if device.type == "cuda" else torch.device("cpu"))
+    on_gpu = device.type == "cuda" and capacity * 84 * 84 < 0.8 * torch.cuda.mem_get_info()[0]
+    replay = FrameReplay(capacity, device if on_gpu else torch.device("cpu"))
     replay.load_state_dict(state)
     replay.n_step = 1
     return replay
 
 
-def new_agent(run: dict, seed: int) -> NatureAgent:
-    """A network like the run's, with new weights."""
+def new_agent(run: dict, seed: int, number: int) -> NatureAgent:
+    """A network like the run's, with new weights: others than those that a run with this seed begins with."""
     num_actions = len(run["agent"]["q_network.layers.head.bias"])
-    return NatureAgent(num_actions, SimpleNamespace(**run["args"] | dict(seed=seed)))
+    agent = NatureAgent(num_actions, SimpleNamespace(**run["args"]))
+    agent.q_network.initialise(random_stream(seed, number))
+    agent.update_target()
+    return agent
 
 
 def stored_agent(run: dict) -> NatureAgent:
-    agent = new_agent(run, 0)
+    agent = new_agent(run, 0, 0)
     agent.load_state_dict(run["agent"])
     return agent
 
 
 def open_run(args: Args, agent, optimizer, batch_rng) -> tuple:
     """Creates the run's folder, with this script and args.json, or loads the checkpoint of the run to continue -> the
-    folder, its TensorBoard writer, its lock, the gradient step of the checkpoint (-1 without one)."""
+    folder, its TensorBoard writer, its lock, the gradient step of the checkpoint (-1 without one) and its metrics."""
     from torch.utils.tensorboard import SummaryWriter
 
     run_dir = Path(args.resume or f"runs/{SCRIPT}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
@@ -597,14 +605,14 @@ def open_run(args: Args, agent, optimizer, batch_rng) -> tuple:
         refuse(flag, run_dir, "another process is working on this run")
     except OSError as error:
         refuse(flag, run_dir, f"cannot create the folder ({error.strerror})")
-    last_look = -1
+    last_look, metrics = -1, {}
     if args.resume:
         try:
             content = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             agent.load_state_dict(content["agent"])
             optimizer.load_state_dict(content["optimizer"])
             batch_rng.set_state(content["batch_rng"])
-            last_look = content["step"]
+            last_look, metrics = content["step"], content["metrics"]
         except Exception as error:
             refuse(flag, run_dir, f"has no checkpoint.pt that fits ({type(error).__name__}: {str(error)[:200]})")
     else:
@@ -612,18 +620,18 @@ def open_run(args: Args, agent, optimizer, batch_rng) -> tuple:
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
         description = dict(script=SCRIPT, action_repeat=1, args=asdict(args), versions=versions)
         save_file(run_dir / "args.json", description)
-    return run_dir, SummaryWriter(str(run_dir), purge_step=last_look + 1), lock, last_look
+    return run_dir, SummaryWriter(str(run_dir), purge_step=last_look + 1), lock, last_look, metrics
 
 
-def save(run_dir: Path, step: int, agent, optimizer, batch_rng) -> None:
+def save(run_dir: Path, step: int, metrics: dict, agent, optimizer, batch_rng) -> None:
     content = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), batch_rng=batch_rng.get_state())
-    save_file(run_dir / "checkpoint.pt", content | dict(step=step))
+    save_file(run_dir / "checkpoint.pt", content | dict(step=step, metrics=metrics))
 
 
 def log_metrics(writer, step: int, metrics: dict) -> None:
     """Logs the metrics; ends the program when one is not a finite number."""
     for tag, value in metrics.items():
-        writer.add_scalar(tag, float(value), step)
+        writer.add_scalar(tag, value, step)
     writer.flush()
     for tag, value in metrics.items():
         if not math.isfinite(value):
@@ -633,8 +641,8 @@ def log_metrics(writer, step: int, metrics: dict) -> None:
 
 def finish(run_dir: Path, summary: dict) -> None:
     """Writes summary.json: with it the run counts as finished."""
-    save_file(run_dir / "summary.json", {name: float(value) for name, value in summary.items()})
-    print(f"{run_dir}: {float(summary['dormant_ratio_tau0/all']):.1%} of the neurons are dormant (tau 0)")
+    save_file(run_dir / "summary.json", summary)
+    print(f"{run_dir}: {summary['dormant_ratio_tau0/all']:.1%} of the neurons are dormant (tau 0)")
 
 
 def check_values(args: Args) -> None:
@@ -687,4 +695,5 @@ def save_file(path: Path, content) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a run without a traceback; --resume goes on
     train(read_args(sys.argv[1:]))

@@ -19,34 +19,36 @@ In deep RL more and more neurons fall silent. ReDo recycles them (Algorithm 1), 
     for every tau-dormant neuron: re-draw its incoming weights from the initial distribution,
                                   zero its outgoing weights                                         -> `recycle_variant`
     s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; tau-dormant if s_i <= tau
-Are they needed? --method prune silences each for ever, in the target network, too (Fig. 6).                  -> `prune`
-Which neurons? --redo-selection: those with a score of at most tau (threshold), or a fixed share of each layer, which
-falls as a cosine from --redo-rate to 0 (Fig. 15): those least or most active, or random ones; or those of the least
-utility in continual backpropagation (cbp, Fig. 25):                                   -> `selected_neurons`, `utility`
-    E |h - E h| sum |outgoing weights| / sum |incoming weights|
-How? --redo-outgoing random draws the outgoing weights, too (Fig. 22); --redo-incoming scaled gives the incoming ones of
-a neuron the norm that those of other neurons have on average (Fig. 23).
+Are they needed? --method prune silences them all for good, in the target network, too (Fig. 6).              -> `prune`
+Which neurons? --redo-selection: those with a score of at most tau (threshold), or a share of each layer that falls as a
+cosine from --redo-rate to 0 (Fig. 15; equal scores count as one, so all silent neurons do, and for random as many): the
+least active, the most active, random ones, or those of the least utility in continual backpropagation (cbp, Fig. 25):
+    E |h - E h| sum |outgoing weights| / sum |incoming weights|                        -> `selected_neurons`, `utility`
+How? --redo-outgoing random re-draws the outgoing weights, too (Fig. 22); --redo-incoming scaled gives a neuron's
+incoming ones the norm that those of other neurons have on average (Fig. 23).
 
 Adam's averages m and v of the gradient and its square begin at 0. After k steps it corrects both and moves a weight by
     lr m' / (sqrt(v') + eps)        m' = m / (1 - beta1^k),  v' = v / (1 - beta2^k)
-The official code zeroes m and v of recycled weights, but not k, so nothing is corrected any more: the j-th update after
-that is (1 - beta1^j) / sqrt(1 - beta2^j) times as large as a new Adam's: 3.2 times the first, 6.6 times the 12th, 3.2
-times the 100th (less where eps counts). Does that matter? --redo-adam says what Adam forgets of recycled neurons:
+The official code zeroes m and v of recycled weights, but not k. Once k is some thousands, nothing is corrected any
+more: the j-th update after that is (1 - beta1^j) / sqrt(1 - beta2^j) times as large as a new Adam's: 3.2 times the
+first, 6.6 times the 12th, 3.2 times the 100th (less where eps counts). Does that matter? --redo-adam says what Adam
+forgets of recycled neurons:
     none                  nothing
     moments               m and v of their weights, as in the official code; their biases become 0, but keep m and v
-    moments+tensor-step   m and v of their weights and biases; and k, but for all neurons           -> `reset_adam_step`
+    moments+tensor-step   m and v of their weights and biases; and k of all neurons at once         -> `reset_adam_step`
     per-element           m, v and k of their weights and biases alone: the clean way                -> `PerElementAdam`
 --method adam-step-reset is the control for the third: it resets k every 1000 gradient steps, and recycles nothing.
---redo-compat-flatten is another slip of the official code: the mask over the weights that read the last convolution is
-laid out channel by channel, but the features position by position, so almost only wrong weights become 0.
+--redo-compat-flatten repeats another slip of the official code: the mask over the weights that read the last
+convolution is laid out channel by channel, the features position by position, so almost only wrong weights become 0.
 
-    SCALE=small bash benchmark/redo_dqn_atari/fig15_selection.sh    which neurons; also fig6_pruning.sh, fig22_redraw.sh
-    SCALE=small bash benchmark/redo_dqn_atari/adam_state.sh         what Adam forgets: for a GPU, not run yet
+    SCALE=small bash benchmark/redo_dqn_atari/fig15_selection.sh    which neurons, on two CPU cores
+    SCALE=small bash benchmark/redo_dqn_atari/fig6_pruning.sh       for a GPU, not run yet; so are fig22_redraw.sh and
+                                                                    adam_state.sh beside it
     python studies/redo_variants.py --redo-selection random         one run of 10M steps at replay ratio 0.25; without
                                                                     this flag, it learns what redo_dqn_atari.py learns
 
-All else is as in redo_dqn_atari.py, with its Nature network; what differs from the official code stands there. When and
-at which tau the paper prunes, it does not say: here every 1000 gradient steps, at tau 0.
+All else is as in redo_dqn_atari.py, with its Nature network; what differs from the official code stands there. The
+paper does not say when, or at which tau, it prunes: here every 1000 gradient steps, at tau 0.
 """
 
 import copy
@@ -134,17 +136,19 @@ class Args(RunArgs):
     init: Literal["xavier", "torch"] = "xavier"  # uniform weights and zero biases, or PyTorch's default
 
     # Dormant neurons
-    method: Literal["redo", "prune", "dqn", "adam-step-reset"] = "redo"  # what is done to network or Adam
+    method: Literal["redo", "prune", "dqn", "adam-step-reset"] = "redo"  # what is done to the network or to Adam
     redo_selection: Literal["threshold", "least", "random", "most", "cbp"] = "threshold"  # which neurons are recycled
     redo_tau: NonNegative = 0.025  # those with a score of at most this; default 0.1 at other replay ratios, pruning: 0
-    redo_rate: Share = 0.1  # without a threshold: the first share of a layer's neurons; falls to 0 at redo_end
+    redo_rate: Annotated[float, (1e-6, 1)] = 0.1  # or their share of a layer, which falls to 0 until redo_end
     redo_incoming: Literal["init", "scaled"] = "init"  # how incoming weights are re-drawn
     redo_outgoing: Literal["zero", "random"] = "zero"  # what outgoing weights become
     redo_period_gradient_steps: Count = 1000  # gradient steps between recycling (or pruning, or resets of step counts)
-    redo_batch_size: Count = 64  # states that the scores are taken over for recycling
+    redo_batch_size: Count = 64  # states that the scores are taken over for recycling or pruning
     redo_adam: Literal["none", "moments", "moments+tensor-step", "per-element"] = "moments"  # what Adam forgets then
     redo_compat_flatten: bool = False  # zero the same wrong weights after the last convolution as the official code
-    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # from here on nothing is recycled or reset
+    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = (
+        None  # from here on nothing is recycled, pruned, reset
+    )
 
     # Evaluation and logging
     eval_steps: Count = 125_000  # steps of an evaluation; every game that was begun is finished
@@ -424,13 +428,13 @@ def dormant_ratios(network, x) -> dict:
 
 # === ReDo (Section 4), and what Adam forgets ==========================================================================
 def per_element_step(p, grad, m, m_weight, v, v_weight, lr, eps, weight_decay, beta1, beta2) -> None:
-    """One step of `PerElementAdam` on one parameter p, in place; compiled, one pass over the memory."""
-    grad = grad + weight_decay * p
-    m.mul_(beta1).add_(grad, alpha=1 - beta1)
+    """One step of `PerElementAdam` on one parameter p, in place. Compiled, it passes once over the memory."""
+    grad = grad.add(p, alpha=weight_decay)
+    m.lerp_(grad, 1 - beta1)
     m_weight.mul_(beta1).add_(1 - beta1)
-    v.mul_(beta2).add_(grad * grad, alpha=1 - beta2)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     v_weight.mul_(beta2).add_(1 - beta2)
-    p.sub_(lr * (m / m_weight) / ((v / v_weight).sqrt() + eps))
+    p.addcdiv_(m / m_weight, (v / v_weight).sqrt_().add_(eps), value=-lr)
 
 
 class PerElementAdam(torch.optim.Optimizer):
@@ -440,20 +444,22 @@ class PerElementAdam(torch.optim.Optimizer):
     far. That weight is kept beside each element instead of k, and is zeroed with the moments.
     """
 
-    def __init__(self, params, lr, eps=1e-8, betas=(0.9, 0.999), weight_decay=0.0, compile=False):
+    averages = ("exp_avg", "weight", "exp_avg_sq", "weight_sq")
+    element_step = staticmethod(per_element_step)  # an instance may have a compiled one
+
+    def __init__(self, params, lr, eps=1e-8, betas=(0.9, 0.999), weight_decay=0.0):
         super().__init__(params, dict(lr=lr, eps=eps, betas=betas, weight_decay=weight_decay))
-        self.update = torch.compile(per_element_step, dynamic=False) if compile else per_element_step
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             options = group["lr"], group["eps"], group["weight_decay"], *group["betas"]
             for p in group["params"]:
                 if p.grad is not None:
-                    if not self.state[p]:
-                        for name in ("exp_avg", "weight", "exp_avg_sq", "weight_sq"):
-                            self.state[p][name] = torch.zeros_like(p)
-                    self.update(p, p.grad, *self.state[p].values(), *options)
+                    state = self.state[p]
+                    if not state:
+                        state.update({name: torch.zeros_like(p) for name in self.averages})
+                    self.element_step(p, p.grad, *(state[name] for name in self.averages), *options)
 
 
 def forget(optimizer, parameter, mask) -> None:
@@ -480,7 +486,7 @@ def utility(layer, readers, activation) -> torch.Tensor:
     h, dims = activation.float(), [0, *range(2, activation.dim())]
     activity = (h - h.mean(dims, keepdim=True)).abs().mean(dims)
     incoming = layer.weight.abs().flatten(1).sum(1)
-    outgoing = sum(reader.weight.abs().transpose(0, 1).reshape(len(h[0]), -1).sum(1) for reader in readers)
+    outgoing = sum(reader.weight.abs().transpose(0, 1).reshape(h.shape[1], -1).sum(1) for reader in readers)
     return activity * outgoing / incoming
 
 
@@ -501,15 +507,15 @@ def selected_neurons(layers, activations, selection, tau, share, generator) -> l
         elif selection == "most":
             value = -value
         elif selection == "cbp":
-            value = utility(layer, readers, activation)
+            value = torch.where(value.isfinite(), utility(layer, readers, activation), math.nan)
         count = max(1, round(share * len(value)))
         masks.append(value <= (value.sort().values[count - 1] if share > 0 else -math.inf))
     return masks
 
 
-def cosine_share(gradient_steps: int, args) -> float:
-    """The share of a layer's neurons that is recycled after so many gradient steps (Fig. 15)."""
-    return args.redo_rate * math.cos(math.pi / 2 * gradient_steps / args.redo_end_gradient_steps)
+def cosine_share(rate: float, gradient_steps: int, end: int) -> float:
+    """The share of a layer's neurons that is recycled after so many gradient steps: from rate to 0 (Fig. 15)."""
+    return rate * math.cos(math.pi / 2 * min(gradient_steps / end, 1))
 
 
 @torch.no_grad()
@@ -552,11 +558,11 @@ def recycle_variant(layers, masks, optimizer, generator, adam="moments", incomin
 
 @torch.no_grad()
 def prune(layers, masks, optimizer=None) -> None:
-    """Silences neurons for ever (Fig. 6), in place: their incoming weights and biases become 0, so ReLU gives 0, and as
-    its gradient there is 0, too, they stay so; the optimizer must forget its averages of them. Arguments: see
+    """Silences neurons for good (Fig. 6), in place: their incoming weights and biases become 0; ReLU then gives 0 and
+    passes no gradient, so they stay 0, as the optimizer forgets its averages of them. Arguments: see
     `recycle_variant`."""
     for (layer, _), mask in zip(layers, masks):
-        for parameter in (layer.weight, layer.bias):
+        for parameter in layer.parameters():
             rows = mask.view(-1, *[1] * (parameter.dim() - 1))
             parameter.masked_fill_(rows, 0)
             if optimizer is not None:
@@ -575,12 +581,14 @@ def intervene_variant(agent, optimizer, replay, gradient_steps: int, args, gener
         obs = replay.sample(args.redo_batch_size, generator)[0].to(device)
         q_before, activations = q_network(obs)
         activations = [activations[name] for name in q_network.reader]
-        share = 0.0 if args.redo_selection == "threshold" else cosine_share(gradient_steps, args)
+        share = 0.0
+        if args.redo_selection != "threshold":
+            share = cosine_share(args.redo_rate, gradient_steps, args.redo_end_gradient_steps)
         masks = selected_neurons(layers, activations, args.redo_selection, args.redo_tau, share, generator)
         if args.method == "prune":
             prune(layers, masks, optimizer)
             prune(agent.target_network.recyclable(), masks)
-            metrics = {"events/alive": 1 - torch.cat(masks).float().mean()}
+            metrics["events/alive"] = 1 - torch.cat(masks).float().mean() + 0 * q_before.mean()  # NaN if that is
         else:
             options = dict(adam=args.redo_adam, incoming=args.redo_incoming, outgoing=args.redo_outgoing)
             options |= dict(compat_flatten=args.redo_compat_flatten)
@@ -691,8 +699,10 @@ def train(args: Args) -> Path:
     agent = NatureAgent(num_actions, args).to(device, memory_format=torch.channels_last)
     q_network, optimizer = agent.q_network, make_optimizer(agent, args, device)
     if args.redo_adam == "per-element":
-        options = dict(eps=args.adam_eps, weight_decay=args.weight_decay, compile=args.compile)
+        options = dict(eps=args.adam_eps, weight_decay=args.weight_decay)
         optimizer = PerElementAdam(q_network.parameters(), args.learning_rate, **options)
+        if args.compile:
+            optimizer.element_step = torch.compile(per_element_step, dynamic=False)
     replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
     batch_rng = random_stream(args.seed, 0)
     redo_rng = random_stream(args.seed, 1)
@@ -794,7 +804,7 @@ def check_args(args: Args) -> tuple:
         network = NatureCNN(18, args)
     activations = 8e5 * max(1, args.width)  # bytes per state
     # Weights, the target's, gradients, and Adam's moments (per-element: their counts and temporary copies, too)
-    copies = 9 if args.redo_adam == "per-element" else 5
+    copies = 10 if args.redo_adam == "per-element" else 5
     needed = {  # rough bytes
         "buffer_size": replay_frames(args) * (84 * 84 + 24),
         "width": 3e8 + copies * 4 * sum(p.numel() for p in network.parameters()),
@@ -805,7 +815,7 @@ def check_args(args: Args) -> tuple:
     devices = check_devices(args, needed)
     defaults = Args(**args.task_defaults())
     given = [name for name in asdict(args) if getattr(args, name) != getattr(defaults, name)]
-    threshold = args.redo_selection == "threshold"
+    threshold = args.redo_selection == "threshold"  # (the period may be given to every method of a sweep)
     for name, useful in (
         ("redo_tau", args.method == "prune" or (args.method == "redo" and threshold)),
         ("redo_batch_size", args.method in ("redo", "prune")), ("redo_rate", not threshold),
@@ -818,8 +828,12 @@ def check_args(args: Args) -> tuple:
     ends = args.redo_end_gradient_steps is not None
     for name, fine, limit in (
         ("redo_end_gradient_steps", ends or threshold, "is needed: --redo-rate falls to 0 until then"),
-        ("redo_outgoing", args.redo_outgoing == "zero" or not args.redo_compat_flatten, "needs the right columns"),
-        ("activation", args.method != "prune" or args.activation == "relu", "has a gradient in pruned neurons"),
+        ("redo_end_gradient_steps", not ends or args.redo_end_gradient_steps > args.redo_period_gradient_steps,
+         "is before the first period has ended"),
+        ("redo_outgoing", args.redo_outgoing == "zero" or not args.redo_compat_flatten, "does not go with "
+         "--redo-compat-flatten"),
+        ("activation", args.method != "prune" or args.activation == "relu", "lets pruned neurons learn again"),
+        ("total_timesteps", args.total_timesteps > args.learning_starts, "must be more than --learning-starts"),
         ("env_id", args.env_id.startswith("ALE/"), "is no game of the Arcade Learning Environment (ALE/<Game>-v5)"),
         ("replay_ratio", args.replay_ratio * UPDATE_PERIOD % 1 == 0, f"must be a multiple of {1 / UPDATE_PERIOD}"),
         ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),

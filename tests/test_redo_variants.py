@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import math
 import os
 import shutil
 import subprocess
@@ -202,14 +203,26 @@ def test_everything_is_edited_in_place(adam):
 # --- which neurons, and how -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("selection, share, chosen", [
     ("least", 0.3, [3]), ("least", 0.5, [1, 3]), ("least", 0.01, [3]), ("least", 0.0, []), ("most", 0.5, [0, 2]),
-    ("threshold", 0.5, [3]),
+    ("threshold", 0.5, [3]), ("cbp", 0.5, [0, 2]),
 ], ids=str)  # fmt: skip
 def test_selection_by_hand(selection, share, chosen):
-    """Four neurons with means 0.5, 0.2, 0.9, 0.1: scores 1.18, 0.47, 2.12, 0.24; round(0.3 x 4) = 1."""
-    activation = torch.tensor([[0.5, 0.2, 0.9, 0.1]])
+    """Four neurons with means 0.5, 0.2, 0.9, 0.1: scores 1.18, 0.47, 2.12, 0.24; round(0.3 x 4) = 1. The most active
+    ones vary as much, but hardly anything reads them."""
+    activation = torch.tensor([[1.0, 0.4, 1.8, 0.2], [0.0, 0.0, 0.0, 0.0]])
     layers = [(nn.Linear(1, 4), [nn.Linear(4, 1)])]
+    with torch.no_grad():
+        layers[0][0].weight.fill_(1)
+        layers[0][1][0].weight.copy_(torch.tensor([[0.01, 1, 0.01, 1]]))
     (mask,) = study.selected_neurons(layers, [activation], selection, 0.3, share, generator())
     assert mask.nonzero()[:, 0].tolist() == chosen
+
+
+@pytest.mark.parametrize("selection", ["threshold", "least", "random", "most", "cbp"])
+def test_nothing_is_selected_in_a_network_that_is_not_finite(selection):
+    layers = [(nn.Linear(1, 4), [nn.Linear(4, 1)])]
+    activation = torch.tensor([[0.5, math.nan, 0.9, 0.1]])
+    (mask,) = study.selected_neurons(layers, [activation], selection, 0.3, 0.5, generator())
+    assert not mask.any()
 
 
 def test_selection_of_equal_and_of_random_neurons():
@@ -225,9 +238,8 @@ def test_selection_of_equal_and_of_random_neurons():
 
 
 def test_the_share_falls_as_a_cosine():
-    args = study.Args(redo_rate=0.3, redo_end_gradient_steps=2_500_000)
-    shares = [study.cosine_share(step, args) for step in (0, 1_250_000, 2_500_000)]
-    assert shares == pytest.approx([0.3, 0.21213, 0], abs=1e-5)
+    shares = [study.cosine_share(0.3, step, 2_500_000) for step in (0, 1_250_000, 2_500_000, 9_000_000)]
+    assert shares == pytest.approx([0.3, 0.21213, 0, 0], abs=1e-5)
 
 
 @pytest.mark.parametrize("positions", [1, 3])
@@ -304,6 +316,43 @@ def test_pruned_neurons_are_silent_for_ever(adam):
             assert mask.any() and not after[name][:, mask].any() and after[name][:, ~mask].any()
 
 
+def test_what_pruning_does_in_a_run():
+    """In both networks; the share that is left; at tau 0 no value changes."""
+    agent, optimizer, (obs, *_) = small_agent("moments", method="prune")
+    for layer in (agent.q_network.layers["conv2"], agent.q_network.layers["dense"]):
+        layer.bias.data[:2] = -1e6
+
+    class Stub:
+        def sample(self, count, generator):
+            return (obs,)
+
+    args = study.Args(method="prune", redo_tau=0.0, redo_period_gradient_steps=10)
+    metrics = study.intervene_variant(agent, optimizer, Stub(), 10, args, generator(), torch.device("cpu"))
+    silent, total = 0, 0
+    for network in (agent.q_network, agent.target_network):
+        silent, total = 0, 0
+        for name in network.reader:
+            layer = network.layers[name]
+            silent += int((layer.weight.flatten(1).abs().sum(1) + layer.bias.abs() == 0).sum())
+            total += len(layer.bias)
+        assert silent >= 4
+        assert metrics["events/alive"].item() == pytest.approx(1 - silent / total)
+    assert metrics["events/redo_q_change"] == 0
+    agent.q_network.layers["head"].bias.data[0] = math.nan
+    metrics = study.intervene_variant(agent, optimizer, Stub(), 20, args, generator(), torch.device("cpu"))
+    assert metrics["events/alive"].isnan()
+
+
+def test_pruning_in_a_foreign_network_without_biases():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2))
+    x, mask = torch.rand(6, 1, 3, 4), torch.tensor([True, False, False, True])
+    pointer = network[0].weight.data_ptr()
+    study.prune([(network[0], [network[3]])], [mask], torch.optim.Adam(network.parameters()))
+    h = network[:2](x)
+    assert not h[:, mask].any() and h[:, ~mask].any() and network[0].weight.data_ptr() == pointer
+
+
 # --- Adam -------------------------------------------------------------------------------------------------------------
 def test_per_element_adam_by_hand():
     """Gradients 2, then -3; the first element is forgotten in between. No epsilon: a first update is the step size."""
@@ -324,7 +373,9 @@ def test_per_element_adam_is_adam_until_something_is_forgotten(weight_decay, com
     torch.manual_seed(0)
     start, options = torch.randn(5, 3), dict(lr=0.01, eps=1e-4, weight_decay=weight_decay)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a, b = study.PerElementAdam([ours], **options, compile=compiled), torch.optim.Adam([theirs], **options)
+    a, b = study.PerElementAdam([ours], **options), torch.optim.Adam([theirs], **options)
+    if compiled:
+        a.element_step = torch.compile(study.per_element_step, dynamic=False)
     for _ in range(50):
         ours.grad = torch.randn(5, 3)
         theirs.grad = ours.grad.clone()
@@ -337,7 +388,7 @@ def test_per_element_adam_is_adam_until_something_is_forgotten(weight_decay, com
     study.forget(a, ours, mask)
     fresh = nn.Parameter(ours.detach().clone())
     other = nn.Parameter(kept[0].detach().clone())
-    c, d = torch.optim.Adam([fresh], **options), study.PerElementAdam([other], **options, compile=compiled)
+    c, d = torch.optim.Adam([fresh], **options), study.PerElementAdam([other], **options)
     d.load_state_dict(kept[1])
     for _ in range(20):
         ours.grad = torch.randn(5, 3)
@@ -345,6 +396,17 @@ def test_per_element_adam_is_adam_until_something_is_forgotten(weight_decay, com
         a.step(), c.step(), d.step()
     torch.testing.assert_close(ours[2], fresh[2], atol=1e-6, rtol=1e-5)  # as a fresh Adam
     assert torch.equal(ours[~mask], other[~mask])  # as if nothing had happened
+
+
+def test_compiled_per_element_adam_compiles_once_for_each_shape(quick_compiler):
+    agent, optimizer, batch = small_agent("per-element", updates=0)
+    study.compile_modules()  # raises the limit of recompilations
+    optimizer.element_step = torch.compile(study.per_element_step, dynamic=False)
+    shapes = {p.shape for p in agent.q_network.parameters()}
+    for _ in range(3):
+        study.update(agent, optimizer, study.Args(), batch)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(shapes) >= 9
+    assert len(copy.deepcopy(optimizer).state) == 10
 
 
 def test_kept_step_count_makes_first_updates_too_large():
@@ -494,11 +556,14 @@ def test_a_cuda_graph_of_per_element_adam_equals_eager_across_a_recycle():
     ("--method dqn --redo-end-gradient-steps 9", "--redo-end-gradient-steps 9: does nothing beside the other flags"),
     ("--method prune --redo-outgoing random", "--redo-outgoing random: does nothing beside the other flags"),
     ("--method prune --redo-selection least", "--redo-selection least: does nothing beside the other flags"),
-    ("--method prune --activation leaky_relu", "--activation leaky_relu: has a gradient in pruned neurons"),
+    ("--method prune --activation leaky_relu", "--activation leaky_relu: lets pruned neurons learn again"),
+    ("--total-timesteps 9000", "--total-timesteps 9000: must be more than --learning-starts"),
+    ("--redo-end-gradient-steps 500", "--redo-end-gradient-steps 500: is before the first period has ended"),
+    ("--redo-selection least --redo-rate 0", "--redo-rate 0.0: must lie between 1e-06 and 1"),
     ("--redo-rate 0.2", "--redo-rate 0.2: does nothing beside the other flags"),
     ("--redo-selection most --redo-tau 0.2", "--redo-tau 0.2: does nothing beside the other flags"),
     ("--redo-selection most --redo-end-gradient-steps None", "--redo-end-gradient-steps None: is needed"),
-    ("--redo-outgoing random --redo-compat-flatten", "--redo-outgoing random: needs the right columns"),
+    ("--redo-outgoing random --redo-compat-flatten", "--redo-outgoing random: does not go with --redo-compat-flatten"),
     ("--redo-period-gradient-steps 0", "--redo-period-gradient-steps 0: must lie between 1"),
     ("--redo-tau -0.1", "--redo-tau -0.1: must lie between 0"),
     ("--env-id Pong", "--env-id Pong: is no game of the Arcade Learning Environment"),
@@ -517,7 +582,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys, monkeypat
 
 
 def test_adam_with_a_count_per_element_needs_more_memory(monkeypatch, capsys):
-    """Width 30: 2.5 billion weights; 5 or 9 copies of them in float32."""
+    """Width 30: 2.5 billion weights; 5 or 10 copies of them in float32."""
     flags = dict(width=30, device="cpu", buffer_size=30_000, dormant_batch_size=8, redo_batch_size=8)
     monkeypatch.setattr(study, "memory", lambda device: 80e9)
     study.check_args(study.Args(**flags))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Not in the paper, an open question: does exploration that ends early silence neurons? DQN at replay ratio 1 on DemonAttack,
-# with epsilon decaying over 25,000 steps to 2.5 million.
+# Not in the paper, an open question: does exploration that ends early silence neurons? DQN at replay ratio 1, with epsilon
+# decaying over 25,000 to 2.5 million steps.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 

@@ -4,9 +4,10 @@
 # Expect, at paper scale, DemonAttack and Asterix: return 3500 and 2200 with the least active neurons, 500 with random ones,
 # 0 and 500 with the most active ones; the least useful ones (cbp) as good as the least active ones or worse.
 # SCALE=small is for two cores: RoadRunner, a quarter of the width, 20,000 steps (14,996 gradient steps, so the share stays
-# near a tenth), 3 seeds. Expected there, and written down before the runs: recycling changes the q-values of a batch by
-# far more for most than for random (twice), for random than for least (five times), spread a fifth of each; the TD loss,
-# mean of the last 5000 steps, is higher with most than with least (by a half, spread a fifth). Nothing about returns.
+# near a tenth), 3 seeds. Expected there, and written down before the runs: recycling changes the q-values of a batch at
+# least twice as much with most as with random, and five times as much with random as with least, spread a fifth of each;
+# the TD loss, mean of the last 5000 steps, is higher with most than with least (by a half, spread a fifth). Nothing about
+# returns. (Silent neurons tie, so least, random and cbp recycle more neurons than most.)
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 

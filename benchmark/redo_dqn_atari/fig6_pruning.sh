@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fig. 6: neurons that are dormant once are pruned for ever, and the agent does not miss them: DQN at replay ratio 0.25.
+# Fig. 6: neurons once found dormant are pruned for good, and the agent does not miss them: DQN at replay ratio 0.25.
 # Expect, at paper scale, at 40M frames: return 3950 with pruning against 3650 on DemonAttack, 4640 against 4330 on Asterix.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Fig. 8: a network that has learned for long (DQN at replay ratio 2; paper: 1) and a new one learn the q-values of a good
+# Fig. 8: a network that has been learning for long (DQN at replay ratio 2; paper: 1) and a new one learn the q-values of a good
 # agent (ReDo at replay ratio 1). The runs of fig7_cpu.sh come first. On a cluster submit that sweep before this one.
 # Expect (paper, DemonAttack, 50,000 gradient steps): the new network's loss falls from 7 to 0.1, the old one's from 0.25 to
 # 0.16 and rises to 0.7; dormant neurons 18 -> 48% in the new one, 61 -> 98% in the old one.
 # Expected here, and written down before the runs: the old network begins with a lower loss and more dormant neurons (by 10
 # points, spread 5), and ends with a higher loss than the new one (by a tenth, spread a twentieth) and more dormant neurons.
-# With the Adam of its run the old network should differ little: its moments are forgotten after some 1000 steps.
+# With the Adam of its run the old network should differ little: Adam forgets its old moments within some 1000 steps.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 old_runs
 wait
+extra=() # EXTRA has flags of redo_dqn_atari.py
 
 old=rr2 flags="--gradient-steps 30000 --precision float32"
 [ "$SCALE" != paper ] || old=rr1 flags=""

@@ -2,8 +2,9 @@
 
     python benchmark/redo_dqn_atari/offline_plot.py --runs "redo_fig8-small-*" --out runs/figures/fig8
 
-Dormant neurons and loss over gradient steps, mean and 95% bootstrap band over seeds; and dormant neurons by the states
-that they are looked at on, at the beginning and at the end: a PNG with the CSV behind it.
+Dormant neurons and loss over gradient steps, mean and 95% bootstrap band over seeds; and dormant neurons by the kind of
+states they are measured on, at the beginning and at the end: a PNG with the CSV behind it. A run's arm is the end of
+its --exp-name.
 """
 
 import sys
@@ -31,14 +32,19 @@ PAPER = {
 
 def arm(run) -> str:
     """redo_fig8-small-old-adam -> old-adam."""
-    return run.args["exp_name"].split("-", 2)[2]
+    return run.args["exp_name"].split("-", 2)[-1]
+
+
+def style(name: str, arms) -> tuple:
+    """An arm's label and colour."""
+    return ARMS.get(name, (name, f"C{3 + list(arms).index(name)}"))
 
 
 def draw_curves(axis, arms, tag, smoke) -> list:
     """One tag over gradient steps, a line per arm -> rows of the CSV."""
     rows = []
     for name, runs in arms.items():
-        label, color = ARMS[name]
+        label, color = style(name, arms)
         steps, values = aligned(runs, tag)
         mean, low, high = mean_and_band(values)
         axis.plot(steps / 1000, mean, color=color, label=label)
@@ -63,7 +69,7 @@ def draw_states(axis, arms) -> list:
             for point, alpha in ((0, 0.35), (-1, 1.0)):
                 mean, low, high = (x[0] for x in mean_and_band(values[:, [point]]))
                 offset = (-0.22 if point == 0 else 0.22) * width
-                axis.bar(place + offset, mean, 0.44 * width, color=ARMS[name][1], alpha=alpha)
+                axis.bar(place + offset, mean, 0.44 * width, color=style(name, arms)[1], alpha=alpha)
                 axis.errorbar(place + offset, mean, [[mean - low], [high - mean]], color="0.3", linewidth=0.8)
                 rows.append(dict(arm=name, tag=BY_STATES + states, seeds=len(runs), gradient_steps=int(steps[point]),
                                  mean=mean, low=low, high=high, paper=None))  # fmt: skip
@@ -84,7 +90,8 @@ def draw(runs, out) -> None:
     axes[1].legend(frameon=False, fontsize=7)
     rows += draw_states(axes[2], arms)
     note = "Bands and bars: 95% bootstrap intervals over seeds."
-    save(figure, rows, out, note + ("" if smoke else " Stars: the paper at its end (DemonAttack; full-size network)."))
+    paper = " Stars: the paper at its end (DemonAttack; Nature network; Fig. 8: tau is not said)."
+    save(figure, rows, out, note + ("" if smoke else paper))
 
 
 if __name__ == "__main__":
