@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import adaptive_rr
 import crl_deep
 import drm
+import drq_eps_atari
 import drqv2_plasticity
 import redo_dqn_atari
 import redo_sac
@@ -58,8 +59,13 @@ def run(script, *flags):
 
 def ring_of(script):
     """The class of its replay."""
-    own = {redo_dqn_atari: "FrameReplay", crl_deep: "Replay", redo_sac: "TransitionReplay"}
-    return own.get(script, "PixelReplay")
+    own = {
+        redo_dqn_atari: "FrameReplay",
+        drq_eps_atari: "FrameReplay",
+        crl_deep: "Replay",
+        redo_sac: "TransitionReplay",
+    }
+    return (own | {crl_deep: "Replay"}).get(script, "PixelReplay")
 
 
 def stopped_run(script, step, *flags):

@@ -45,9 +45,10 @@ ratio_runs() { # ratio_runs "GAMES at paper scale": Figs. 7 and 16
 }
 
 old_runs() { # Fig. 7 on two cores. Figs. 4 and 8 use what these runs leave: the replays of rr0.25 and redo-rr1, the networks
-  seeds="1 2 3" envs=ALE/RoadRunner-v5
-  local flags="--total-timesteps 50000 --learning-starts 5000 --exploration-steps 20000 --width 0.25 --padding valid
-    --precision float32 --eval-every 25000 --eval-steps 5000 --eval-envs 4 --dormant-every 2500 --checkpoint-every 10000"
+  seeds="1 2 3" envs=ALE/Asterix-v5
+  local flags="--total-timesteps 40000 --learning-starts 5000 --exploration-steps 20000 --target-network-frequency 1000
+    --width 0.25 --padding valid --precision float32 --eval-every 20000 --eval-steps 5000 --eval-envs 4
+    --dormant-every 2500 --checkpoint-every 10000"
   [ "$SCALE" != smoke ] || seeds=1 flags="$ATARI_SMOKE_ALL --padding valid"
   [ "$SCALE" != paper ] || seeds="1 2 3 4 5" envs=ALE/DemonAttack-v5 flags="--total-timesteps 10000000"
   local seed

@@ -1,0 +1,1163 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "ale-py==0.12.1",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
+"""DrQ(eps) on Atari with few steps, with ReDo and Adaptive RR: Figs. 10d and 17 of The Dormant Neuron Phenomenon in
+Deep Reinforcement Learning (Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902), and the Atari table of
+Revisiting Plasticity in Visual Reinforcement Learning (Ma et al.; ICLR 2024, arXiv 2310.07418).
+
+Where a game may be played for 400,000 steps only (or 100,000), one takes many gradient steps per step (--replay-ratio
+1 to 8), and neurons fall dormant: 8 to 16% at tau 0 (Sokar et al., Fig. 17).
+Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):                          -> `dormant_score`
+    s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; tau-dormant if s_i <= tau
+The agent is DrQ(eps) (Agarwal et al. 2021): DQN with randomly shifted and brightened images (-> `augment`), 10-step
+returns, two streams (-> `DuelingCNN`), double Q-learning, and a target network that is updated at every step:
+    Huber( q(o, a),  R + gamma^10 q_target(o', argmax_a' q(o', a')) )      R: the rewards of 10 steps        -> `update`
+ReDo (--method redo), every 1000 gradient steps: recycle the tau-dormant neurons. Both streams read the dense layer, so
+the weights of both are zeroed.                                                             -> `recycle`, `DuelingCNN`
+Adaptive RR (--method adaptive): the replay ratio is 0.5, and 2 as soon as the fraction of active units (FAU) has
+settled: the averages of two intervals of 2000 steps differ by at most 0.001.                       -> `PlateauDetector`
+
+    python studies/drq_eps_atari.py --total-timesteps 100000       Asterix, ReDo at replay ratio 1
+    SCALE=paper bash benchmark/redo_dqn_atari/drq_fig10d.sh        26 games, 400,000 steps, IQM at replay ratio 1, 2, 4,
+                                   8: DrQ(eps) 0.61, 0.53, 0.425, 0.35; ReDo 0.635, 0.615, 0.56, 0.515; and drq_fig17.sh
+    SCALE=paper bash benchmark/adaptive_rr/atari_table.sh          17 games, mean human-normalised score: static 0.5, 1,
+                                   2: 42, 41, 35%; ReDo 42%; adaptive 56%
+
+Differences from the official code (google/dopamine, labs/atari_100k and labs/redo), and the reasons for them:
+ 1. A shift is drawn from -4 to 4, evenly; officially from -4 to 3.
+ 2. Dormant neurons are those of the four hidden layers; officially the outputs of both streams count, too.
+ 3. As in redo_dqn_atari.py: the masks over what reads a convolution, gradient steps that are counted, frames stored
+    once, games side by side in evaluations, an emulator that plays while the network learns.
+Ma et al. have published no code for Atari. ReDo's tau is 0.025 there (Sokar et al.: 0.1); that an interval of 2000 is
+one of steps, and the FAU's average over it, is our reading.
+Your own intervention: `recycle_dormant`. What is saved: `parts` and counters in `train`, between episodes.
+"""
+
+import copy
+import ctypes
+import fcntl
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+Count = Annotated[int, (1, 10**12)]  # lowest and highest value; check_values refuses any other
+Share = Annotated[float, (0, 1)]
+NonNegative = Annotated[float, (0, 1e12)]
+
+
+@dataclass
+class RunArgs:
+    """Options that do not affect learning: a resumed run may change them."""
+
+    resume: str | None = None  # folder of the run to continue; flags that are not given come from its args.json
+    total_timesteps: Count = 1_000_000  # steps of the whole run
+    eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
+    checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    save_model: bool = False  # at the end, save the weights alone as model.pt
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
+    compile: bool = False  # compile the networks
+    cudagraphs: bool = False  # capture the whole update in one CUDA graph, and replay it for each batch
+    torch_deterministic: bool = False  # deterministic GPU kernels (CPU runs are bit-identical without this)
+    capture_video: bool = False  # film an episode of every evaluation: films/<step>.mp4 in the run's folder
+    track: bool = False  # log to Weights & Biases, too: pip install wandb, and set WANDB_PROJECT and WANDB_ENTITY
+
+
+@dataclass
+class Args(RunArgs):
+    """DrQ(eps), ReDo and Adaptive RR. A step is an agent step, 4 frames."""
+
+    exp_name: str = "drq_eps_atari"  # name of this experiment, part of the run folder's name
+    seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
+    env_id: str = "ALE/Asterix-v5"  # any game of the Arcade Learning Environment: ALE/<Game>-v5
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
+    total_timesteps: Count = 400_000  # steps of the whole run
+    eval_every: Count = 40_000  # steps between evaluations, at the next end of an episode; one more at the end
+    checkpoint_every: Count = 40_000  # steps between checkpoints, at the next end of an episode; one more at the end
+
+    # Environment
+    sticky_actions: Share = 0.0  # probability, each frame, that the emulator repeats the previous action
+    terminal_on_life_loss: bool = True  # a lost life ends the episode for the learner (the game goes on)
+    max_episode_steps: Annotated[int, (1, 27_000)] = 27_000  # time limit in steps; counts as truncation
+
+    # DrQ(eps)
+    replay_ratio: Annotated[float, (0.01, 100)] = 1.0  # gradient steps per step; of --method adaptive: see below
+    learning_starts: Count = 1600  # steps before the first gradient step
+    buffer_size: Count = 1_000_000  # frames in the replay, 7 kB each
+    batch_size: Count = 32  # transitions per gradient step
+    n_step: Count = 10  # rewards per target before it bootstraps
+    gamma: Share = 0.99  # discount per step
+    learning_rate: NonNegative = 1e-4  # Adam's
+    adam_eps: NonNegative = 1.5e-4  # Adam's epsilon
+    target_network_frequency: Count = 1  # steps between copies to the target network
+    exploration_steps: Count = 5000  # length in steps of the linear decay of the exploration, from 1 to end_e
+    end_e: Share = 0.01  # probability of a random action after the decay
+    shift_pad: Annotated[int, (0, 40)] = 4  # images are moved by up to this many pixels
+    intensity: NonNegative = 0.05  # standard deviation of the factor on an image's brightness, cut off at two of them
+
+    # Network
+    width: Annotated[float, (0.01, 64)] = 1.0  # multiplies the channels and hidden units
+    padding: Literal["same", "valid"] = "same"  # of the convolutions
+    activation: Literal["relu", "leaky_relu"] = "relu"  # leaky_relu: slope 0.01
+    init: Literal["xavier", "torch"] = "xavier"  # uniform weights and zero biases, or PyTorch's default
+
+    # Dormant neurons, replay ratio
+    method: Literal["redo", "drq", "adaptive"] = "redo"  # recycle, do nothing, or raise the replay ratio
+    redo_tau: NonNegative = 0.1  # recycle neurons with a score of at most this
+    redo_period_gradient_steps: Count = 1000  # gradient steps between recycling
+    redo_batch_size: Count = 64  # states that the scores are taken over for recycling
+    rr_low: Annotated[float, (0.01, 100)] = 0.5  # --method adaptive: replay ratio at first
+    rr_high: Annotated[float, (0.01, 100)] = 2.0  # --method adaptive: replay ratio when the FAU has settled
+    rr_check_every: Count = 2000  # steps of an interval
+    rr_threshold: NonNegative = 0.001  # the FAU has settled when two intervals differ by at most this
+
+    # Evaluation and logging
+    eval_episodes: Count = 100  # games of an evaluation
+    eval_envs: Annotated[int, (1, 1024)] = 10  # games side by side in an evaluation
+    eval_epsilon: Share = 0.001  # probability of a random action in evaluations
+    dormant_every: Count = 5000  # steps between looks at the dormant neurons
+    dormant_batch_size: Count = 256  # states that the logged scores are taken over
+    log_every: Count = 1000  # steps between logs of losses
+
+    def task_defaults(self) -> dict:
+        return {}
+
+
+SCRIPT, ACTION_REPEAT = "drq_eps_atari", 4
+INITS = dict(xavier=nn.init.xavier_uniform_, torch=partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons
+
+
+# === Environment ======================================================================================================
+def episode_seed(*numbers: int) -> int:
+    """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
+    numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def random_stream(seed: int, number: int) -> torch.Generator:
+    """A CPU generator of its own for each purpose, so that drawing for one does not change another."""
+    return torch.Generator().manual_seed(episode_seed(seed, 2, number))
+
+
+def make_envs(args, num_envs: int, **options):
+    """`num_envs` games side by side -> ale_py's vector environment, which plays them in threads of its own.
+
+    Observations (num_envs, 4, 84, 84) uint8: grey frames, each the maximum of the last 2 of 4, the newest last, zeros
+    before an episode's first. send(action) starts a step, recv() waits for it; an episode that ended must be reset.
+    """
+    import ale_py
+    import gymnasium
+
+    gymnasium.register_envs(ale_py)
+    return gymnasium.make_vec(
+        args.env_id, num_envs, repeat_action_probability=args.sticky_actions, noop_max=0, use_fire_reset=False,
+        max_num_frames_per_episode=ACTION_REPEAT * args.max_episode_steps,
+        reward_clipping=False, episodic_life=False, num_threads=min(num_envs, os.cpu_count()), **options,
+    )  # fmt: skip
+
+
+def begin_episodes(envs, generator, which=None) -> tuple:
+    """Begins new episodes in the games `which` (num_envs,) bool, or in all, seeded by the generator -> obs, info."""
+    which = np.ones(envs.num_envs, bool) if which is None else which
+    seeds = torch.randint(2**31, (which.sum(),), generator=generator).numpy()
+    return envs.reset(seed=seeds, options={"reset_mask": which})
+
+
+# === Replay buffer ====================================================================================================
+class FrameReplay:
+    """A ring of single frames (capacity, height, width) uint8; stacks and n-step returns are built when sampling.
+
+    Each frame has a record (4,): the action taken from it (-1: none, it is an episode's last frame or the newest one),
+    the reward and the termination that followed, and its age: how many frames of its episode came before it. `start`
+    lists the frames from which an action was taken, and sampling is uniform over them. Frames and starts are numbered
+    from 0 in the order of their arrival; number i is in slot i % capacity.
+    """
+
+    def __init__(self, capacity, device, n_step=1, gamma=0.99, frame_shape=(84, 84), stack=4):
+        self.capacity = capacity
+        self.n_step = n_step
+        self.gamma = gamma
+        self.stack = stack
+        self.frames = torch.empty((capacity + 1, *frame_shape), dtype=torch.uint8, device=device)
+        self.frames[capacity] = 0  # what stands before an episode's first frame
+        self.record = torch.empty((capacity, 4), device=device)
+        self.start = torch.zeros(capacity, dtype=torch.int64)  # on the CPU, where indices are drawn
+        self.num_frames = self.num_starts = self.oldest_start = self.age = 0
+
+    def add_first(self, frame: np.ndarray) -> None:
+        """An episode's first frame (height, width)."""
+        self.age = 0
+        self._append(frame)
+
+    def add(self, action: int, reward: float, terminated: bool, frame: np.ndarray) -> None:
+        """The action taken at the newest frame, and what followed: reward, termination, and the next frame."""
+        newest = self.num_frames - 1
+        self.record[newest % self.capacity] = torch.tensor([action, reward, terminated, self.age])
+        self.start[self.num_starts % self.capacity] = newest
+        self.num_starts += 1
+        self.age += 1
+        self._append(frame)
+
+    def _append(self, frame: np.ndarray) -> None:
+        slot = self.num_frames % self.capacity
+        self.frames[slot] = torch.from_numpy(frame)
+        self.record[slot] = torch.tensor([-1.0, 0.0, 0.0, self.age])
+        self.num_frames += 1
+        oldest = self.num_frames - self.capacity  # frame in a full ring; a start needs its whole stack there
+        while oldest > 0 and oldest + self.stack - 1 > self.start[self.oldest_start % self.capacity]:
+            self.oldest_start += 1
+
+    def __len__(self) -> int:
+        """The number of transitions that can be sampled: their n steps have been taken, or their episode is over."""
+        return self.num_starts - min(self.n_step - 1, self.age) - self.oldest_start
+
+    def stacked(self, index: torch.Tensor) -> torch.Tensor:
+        """Frame numbers (batch,) -> observations (batch, stack, height, width) uint8, zeros before an episode."""
+        back = torch.arange(self.stack - 1, -1, -1, device=index.device)
+        inside = back <= self.record[index % self.capacity, 3, None]
+        slot = torch.where(inside, (index[:, None] - back) % self.capacity, self.capacity)
+        # Copies whole frames; indexing by a tensor and masking afterwards take many times as long on a CPU
+        return self.frames.index_select(0, slot.flatten()).view(*slot.shape, *self.frames.shape[1:])
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple:
+        """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
+        discounted reward of n steps (batch,), discount (batch,), and next_obs.
+
+        discount is gamma^n, a smaller power where the episode ended earlier, 0 where it terminated.
+        """
+        end = self.oldest_start + len(self)
+        chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
+        first = index = self.start[chosen % self.capacity].to(self.frames.device)
+        reward = torch.zeros(batch_size, device=index.device)
+        discount = torch.ones(batch_size, device=index.device)
+        for _ in range(self.n_step):
+            action, step_reward, terminated, _ = self.record[index % self.capacity].unbind(1)
+            inside = action >= 0
+            reward = reward + discount * step_reward  # 0 in an episode's last frame
+            discount = torch.where(inside, discount * self.gamma * (1 - terminated), discount)
+            index = index + inside
+        action = self.record[first % self.capacity, 0].long()
+        return self.stacked(first), action, reward, discount, self.stacked(index)
+
+    def state_dict(self) -> dict:
+        """The counters, and the filled part of each ring: via NumPy, because torch.save writes whole storages."""
+        state = dict(vars(self))
+        for name in ("frames", "record", "start"):
+            state[name] = torch.from_numpy(state[name][: self.num_frames].cpu().numpy())
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["capacity"] != self.capacity and state["num_frames"] > min(state["capacity"], self.capacity):
+            raise ValueError("its replay has wrapped around a ring of another size")
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                getattr(self, name)[: len(value)] = value
+            elif name != "capacity":
+                setattr(self, name, value)
+
+
+# === Networks =========================================================================================================
+def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """A new weight for a layer, on the CPU. The layer's attribute `init` draws it, a function like those of nn.init; a
+    layer without one gets PyTorch's default, uniform within 1 / sqrt(fan_in)."""
+    draw = getattr(layer, "init", partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+    return draw(torch.empty(layer.weight.shape), generator=generator)
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple:
+    """Zeros before and after one axis so that a convolution gives ceil(size / stride) outputs (TensorFlow's SAME)."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+class QNetwork(nn.Module):
+    """What both networks share: layers by name, and which one reads which (for recycling).
+
+    forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
+    `reader[a] = b`: neurons of layer a are read by layer b alone, so they can be recycled.
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        self.width = args.width
+        self.init = args.init
+        self.activate = F.relu if args.activation == "relu" else F.leaky_relu  # slope 0.01
+        self.layers = nn.ModuleDict()
+        self.reader = {}
+
+    def add(self, name: str, layer: nn.Module, init=None) -> None:
+        layer.init = init or INITS[self.init]
+        self.layers[name] = layer
+
+    def neurons(self, count: int) -> int:
+        return math.ceil(count * self.width)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        for layer in self.layers.values():
+            layer.weight.copy_(initial_weight(layer, generator))
+            layer.bias.zero_()
+            if layer.init is INITS["torch"]:
+                layer.bias.uniform_(-1, 1, generator=generator).div_(math.sqrt(layer.weight[0].numel()))
+
+    def hidden(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """One layer and its activation."""
+        return self.activate(self.layers[name](x))
+
+    def q_values(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 has too few digits for values
+            return self.layers["head"](features.float())
+
+    def recyclable(self) -> list:
+        """[(layer, [the layers that read it])], as `recycle` wants them."""
+        return [(self.layers[name], [self.layers[reader]]) for name, reader in self.reader.items()]
+
+
+class NatureCNN(QNetwork):
+    """Mnih et al. 2015: convolutions 32 8x8/4, 64 4x4/2, 64 3x3/1, dense 512 (Table 2), times the width."""
+
+    def __init__(self, num_actions, args):
+        super().__init__(args)
+        channels, size = 4, 84
+        self.pads = {}
+        for name, out, kernel, stride in (("conv1", 32, 8, 4), ("conv2", 64, 4, 2), ("conv3", 64, 3, 1)):
+            before, after = same_padding(size, kernel, stride) if args.padding == "same" else (0, 0)
+            self.pads[name] = (before, after) * 2 if before != after else None  # uneven: padded by hand
+            padding = before if before == after else 0
+            self.add(name, nn.Conv2d(channels, self.neurons(out), kernel, stride, padding))
+            channels = self.neurons(out)
+            size = (size + before + after - kernel) // stride + 1
+        self.add("dense", nn.Linear(channels * size * size, self.neurons(512)))
+        self.add("head", nn.Linear(self.neurons(512), num_actions))
+        self.reader = {"conv1": "conv2", "conv2": "conv3", "conv3": "dense", "dense": "head"}
+
+    def forward(self, obs):
+        x = obs.float() / 255
+        activations = {}
+        for name, pad in self.pads.items():
+            x = activations[name] = self.hidden(name, x if pad is None else F.pad(x, pad))
+        activations["dense"] = self.hidden("dense", x.flatten(1))
+        return self.q_values(activations["dense"]), activations
+
+
+class DuelingCNN(NatureCNN):
+    """Two streams read the dense layer (Wang et al. 2016): q = value + advantage - mean advantage."""
+
+    def __init__(self, num_actions, args):
+        super().__init__(num_actions, args)
+        self.layers["advantage"] = self.layers.pop("head")
+        self.add("value", nn.Linear(self.neurons(512), 1))
+
+    def q_values(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 has too few digits for values
+            advantage = self.layers["advantage"](features.float())
+            return self.layers["value"](features.float()) + advantage - advantage.mean(1, keepdim=True)
+
+    def recyclable(self) -> list:
+        """[(layer, [the layers that read it])], as `recycle` wants them."""
+        streams = [self.layers["advantage"], self.layers["value"]]
+        readers = {name: streams if reader == "head" else [self.layers[reader]] for name, reader in self.reader.items()}
+        return [(self.layers[name], layers) for name, layers in readers.items()]
+
+
+class DuelingAgent(nn.Module):
+    """The Q-network that learns, and its target: a copy of it that is renewed from time to time."""
+
+    def __init__(self, num_actions, args):
+        super().__init__()
+        self.q_network = DuelingCNN(num_actions, args)
+        self.q_network.initialise(random_stream(args.seed, 3))
+        self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        torch._foreach_copy_(list(self.target_network.parameters()), list(self.q_network.parameters()))
+
+
+# === Dormant neurons, and ReDo (Sokar et al., Sections 3 and 4) =======================================================
+def dormant_score(activation: torch.Tensor) -> torch.Tensor:
+    """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
+
+    activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
+    all 0 when the whole layer is silent, all NaN when an activation is not finite.
+    """
+    mean = activation.abs().float().mean([0, *range(2, activation.dim())])
+    average = mean.mean()
+    return torch.where(average.isfinite(), mean / average.clamp_min(torch.finfo(torch.float32).tiny), math.nan)
+
+
+def dormant_share(score: torch.Tensor, tau: float) -> torch.Tensor:
+    """The share of neurons with a score of at most tau, 0-d; NaN when a score is."""
+    return torch.where(score.isfinite().all(), (score <= tau).float().mean(), math.nan)
+
+
+@torch.no_grad()
+def dormant_ratios(network, x) -> dict:
+    """The shares of tau-dormant neurons (Definition 3.1) on inputs x, by layer and over all of them -> metrics."""
+    _, activations = network(x)
+    scores = {name: dormant_score(h) for name, h in activations.items()}
+    scores["all"] = torch.cat(list(scores.values()))
+    metrics = {}
+    for name, score in scores.items():
+        for tau in TAUS:
+            metrics[f"dormant_ratio_tau{tau:g}/{name}"] = dormant_share(score, tau)
+    return metrics
+
+
+def forget(optimizer, parameter, mask) -> None:
+    """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if value.shape == parameter.shape:
+            value.masked_fill_(mask, 0)
+
+
+@torch.no_grad()
+def recycle(layers, activations, optimizer, tau, generator) -> list:
+    """ReDo (Algorithm 1) for any network, in place -> each layer's recycled neurons, (neurons,) bool.
+
+    layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
+    non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are
+    drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
+    forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
+    """
+    masks = [dormant_score(activation) <= tau for activation in activations]
+    for (layer, _), mask in zip(layers, masks):
+        fresh = initial_weight(layer, generator).to(layer.weight)
+        rows = mask.view(-1, *[1] * (fresh.dim() - 1))
+        layer.weight.copy_(torch.where(rows, fresh, layer.weight))
+        forget(optimizer, layer.weight, rows)
+        if layer.bias is not None:
+            layer.bias.masked_fill_(mask, 0)
+    for (_, readers), mask in zip(layers, masks):
+        for reader in readers:
+            positions = reader.weight.shape[1] // len(mask)  # a dense layer reads height x width columns of a map
+            columns = mask.repeat_interleave(positions).view(1, -1, *[1] * (reader.weight.dim() - 2))
+            reader.weight.masked_fill_(columns, 0)
+            forget(optimizer, reader.weight, columns)
+    return masks
+
+
+@torch.no_grad()
+def recycle_dormant(q_network, optimizer, replay, gradient_steps: int, args, generator, device) -> dict:
+    """What --method redo does to the network after this many gradient steps: usually nothing -> metrics."""
+    if args.method != "redo" or gradient_steps % args.redo_period_gradient_steps != 0:
+        return {}
+    obs = replay.sample(args.redo_batch_size, generator)[0].to(device)
+    q_before, activations = q_network(obs)
+    activations = [activations[name] for name in q_network.reader]
+    masks = recycle(q_network.recyclable(), activations, optimizer, args.redo_tau, generator)
+    counts = {f"redo_recycled/{name}": mask.sum() for name, mask in zip(q_network.reader, masks)}
+    q_change = (q_network(obs)[0] - q_before).abs().max()
+    return counts | {"redo_recycled/all": sum(counts.values()), "events/redo_q_change": q_change}
+
+
+# === Adaptive replay ratio (Ma et al., Section 5) =====================================================================
+def fau(activations: list) -> torch.Tensor:
+    """Fraction of active units (Eq. 1): the share of positive elements in a list of outputs of ReLUs (batch, ...). All
+    elements count equally, over units and batch: this is not one minus the dormant ratio. NaN if one is not finite."""
+    share = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
+    finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
+    return torch.where(finite, share, torch.nan)
+
+
+class PlateauDetector:
+    """Detects when the critic's fraction of active units (FAU) has settled (Section 5, as in the official code).
+
+    Every check_episodes whole episodes, the average over the last one is compared with that of the check before, and at
+    the first check with the very first training batch. The FAU has settled when they differ by at most the threshold.
+    This is a plateau, not a recovery. An episode without a gradient step has no average, and is not checked.
+    """
+
+    def __init__(self, check_episodes=50, threshold=0.001):
+        self.check_episodes = check_episodes
+        self.threshold = threshold
+        self.episodes = 0  # complete ones so far
+        self.reference = math.nan  # what the next check compares with
+        self.switched = False  # stays True
+
+    def first_batch(self, share: float) -> None:
+        self.reference = share
+
+    def end_episode(self, average: float | None) -> float | None:
+        """To be called after every whole episode, with the average FAU over its gradient steps, if there were any ->
+        at a check, the difference from the reference."""
+        self.episodes += 1
+        if self.episodes % self.check_episodes or average is None:
+            return None
+        difference = abs(average - self.reference)
+        self.reference = average
+        self.switched |= difference <= self.threshold
+        return difference
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+class Mean:
+    """The mean of what was added since it was last taken; to be saved with a run."""
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, value: torch.Tensor) -> None:
+        self.total = self.total + value.double()  # stays on the device
+        self.count += 1
+
+    def take(self) -> float | None:
+        mean = float(self.total) / self.count if self.count else None
+        self.total, self.count = 0.0, 0
+        return mean
+
+    def state_dict(self) -> dict:
+        return dict(total=float(self.total), count=self.count)
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def updates_due(step: int, replay_ratio: float) -> int:
+    """Gradient steps to take at this step: replay_ratio on average, spread evenly."""
+    return math.ceil((step + 1) * replay_ratio) - math.ceil(step * replay_ratio)
+
+
+# === DrQ(eps) =========================================================================================================
+def random_shift(obs: torch.Tensor, pad: int, shift: torch.Tensor | None = None) -> torch.Tensor:
+    """DrQ-v2's augmentation: pads each image by repeating its border, then crops it to its size at a random place.
+
+    obs (batch, channels, height, width) of any type; shift (batch, 2): whole numbers (x, y) in [0, 2 * pad], drawn if
+    not given -> the same shape and type. A shift equal to pad moves nothing.
+    """
+    batch, _, height, width = obs.shape
+    if shift is None:
+        shift = torch.randint(2 * pad + 1, (batch, 2), device=obs.device)
+    rows = (torch.arange(height, device=obs.device) + shift[:, 1:] - pad).clamp(0, height - 1)
+    columns = (torch.arange(width, device=obs.device) + shift[:, :1] - pad).clamp(0, width - 1)
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1)
+    return obs.flatten(2).gather(2, pixels.expand(-1, obs.shape[1], -1)).view_as(obs)
+
+
+def augment(obs: torch.Tensor, args) -> torch.Tensor:
+    """Images (batch, 4, 84, 84) uint8, each moved by up to shift_pad pixels and brightened by a random factor -> float,
+    0 to about 255."""
+    brightness = 1 + args.intensity * torch.randn(len(obs), 1, 1, 1, device=obs.device).clamp(-2, 2)
+    return random_shift(obs, args.shift_pad).float() * brightness
+
+
+def update(agent, optimizer, args, batch: tuple) -> dict:
+    """One gradient step on a batch from `FrameReplay.sample` -> metrics, detached, on the device."""
+    obs, action, reward, discount, next_obs = batch
+    bfloat16 = args.precision == "bfloat16"
+    autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
+    obs, next_obs = augment(obs, args), augment(next_obs, args)
+    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
+        best = agent.q_network(next_obs)[0].argmax(1, keepdim=True)
+        target = reward + discount * agent.target_network(next_obs)[0].gather(1, best)[:, 0]
+    with autocast():
+        q_values, activations = agent.q_network(obs)
+    q = q_values.gather(1, action[:, None])[:, 0]
+    loss = F.smooth_l1_loss(q, target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    active = fau([h.detach() for h in activations.values()])
+    return {
+        "losses/td": loss.detach(), "losses/q_values": q.detach().mean(), "losses/targets": target.mean(),
+        "fau/q_network": active,
+    }  # fmt: skip
+
+
+def sample_batch(replay, args, generator, device) -> tuple:
+    """What `update` learns from."""
+    return tuple(x.to(device) for x in replay.sample(args.batch_size, generator))
+
+
+def exploration_at(step: int, args) -> float:
+    """The probability of a random action: 1 until learning starts, then linear to end_e."""
+    progress = min(max((step - args.learning_starts) / args.exploration_steps, 0.0), 1.0)
+    return 1 + progress * (args.end_e - 1)
+
+
+def act(q_network, obs, epsilon: float, num_actions: int, generator, device) -> np.ndarray:
+    """Epsilon-greedy actions (num_envs,) for observations (num_envs, 4, 84, 84). Drawn with a CPU generator."""
+    action = torch.randint(num_actions, (len(obs),), generator=generator).numpy()
+    greedy = (torch.rand(len(obs), generator=generator) >= epsilon).numpy()
+    if greedy.any():
+        with torch.no_grad():
+            q_values, _ = q_network(torch.from_numpy(obs).to(device))
+        action[greedy] = q_values.argmax(1).cpu().numpy()[greedy]
+    return action
+
+
+def evaluate(q_network, envs, args, number: int, device, run) -> dict | None:
+    """Plays eval_episodes whole games at eval_epsilon -> metrics, or None if the run is to stop.
+
+    Each of the games played side by side begins new episodes until it has had its share. `number` seeds emulators and
+    random actions; torch's own random numbers are not used.
+    """
+    n = envs.num_envs
+    rng = torch.Generator().manual_seed(episode_seed(args.seed, 1, number))
+    obs, _ = begin_episodes(envs, rng)
+    episode_return, episode_length, episodes = np.zeros(n), np.zeros(n, int), np.zeros(n, int)
+    share = np.full(n, args.eval_episodes // n)
+    share[: args.eval_episodes % n] += 1
+    finished, film = [], []  # [(return, length)]; frames of the first game
+    while (episodes < share).any():
+        action = act(q_network, obs, args.eval_epsilon, int(envs.single_action_space.n), rng, device)
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        if run.stopped:
+            return None
+        if args.capture_video and episodes[0] == 0:
+            film.append(np.repeat(obs[0, -1, :, :, None], 3, 2))
+        episode_return += reward
+        episode_length += 1
+        done = terminated | truncated
+        if done.any():
+            finished += [(episode_return[i], episode_length[i]) for i in np.flatnonzero(done & (episodes < share))]
+            episodes[done] += 1
+            episode_return[done], episode_length[done] = 0, 0
+            obs, _ = begin_episodes(envs, rng, done)
+            run.bar.set_description(f"evaluating: {len(finished)} of {args.eval_episodes} games over")
+    run.bar.set_description("training")
+    if args.capture_video:
+        run.film(number, film)
+    returns, lengths = np.array(finished, float).T
+    return {"eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean()}
+
+
+def train(args: Args) -> Path:
+    """Trains, logs to a new folder under runs/ or to args.resume, and returns that folder."""
+    device, buffer_device = check_args(args)
+    seed_everything(args.seed, args.torch_deterministic)
+    set_precision(args.precision, device)
+    envs, eval_envs = make_envs(args, 1), make_envs(args, args.eval_envs)
+    num_actions = int(envs.single_action_space.n)
+    agent = DuelingAgent(num_actions, args).to(device, memory_format=torch.channels_last)
+    q_network = agent.q_network
+    options = dict(lr=args.learning_rate, eps=args.adam_eps, fused=device.type != "mps", capturable=args.cudagraphs)
+    optimizer = torch.optim.Adam(q_network.parameters(), **options)
+    replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
+    detector = PlateauDetector(check_episodes=1, threshold=args.rr_threshold)  # its "episode" is an interval
+    interval_fau = Mean()
+    batch_rng = random_stream(args.seed, 0)
+    redo_rng = random_stream(args.seed, 1)
+    look_rng = random_stream(args.seed, 2)
+    act_rng = random_stream(args.seed, 4)
+    learn = partial(update, agent, optimizer, args)
+    if args.cudagraphs:
+        learn = capture(learn, [optimizer])
+    if args.compile:
+        compile_modules(agent.q_network, agent.target_network)
+
+    parts = dict(agent=agent, optimizer=optimizer, replay=replay, detector=detector, interval_fau=interval_fau)
+    parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, look_rng=look_rng, act_rng=act_rng)
+    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
+    global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    learning_from = args.learning_starts + max(0, global_step - replay.num_frames)  # later, if the replay is refilled
+    first_update = gradient_steps
+
+    while not run.stopped:
+        # Between episodes: evaluate, then save, so that a resumed run does not evaluate again
+        finished = global_step == args.total_timesteps
+        if finished or global_step >= next_eval:
+            results = evaluate(q_network, eval_envs, args, global_step, device, run)
+            if results is None:  # the run is to stop
+                break
+            run.log(global_step, results)
+            next_eval = global_step - global_step % args.eval_every + args.eval_every
+        if finished:
+            run.write_summary(q_network, results | dict(global_step=global_step, gradient_steps=gradient_steps))
+            break
+        if run.checkpoint_due(global_step):
+            run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
+
+        game_rng = torch.Generator().manual_seed(episode_seed(args.seed, 0, episode))
+        obs, info = begin_episodes(envs, game_rng)
+        replay.add_first(obs[0, -1])
+        start_step, start_update, start_time = global_step, gradient_steps, time.time()
+        episode_return, done, metrics = 0.0, False, {}
+        while not (done or run.stopped or global_step == args.total_timesteps):
+            # Act: the emulator plays this step in its own thread ...
+            epsilon = exploration_at(global_step, args)
+            action = int(act(q_network, obs, epsilon, num_actions, act_rng, device)[0])
+            envs.send(np.array([action]))
+
+            # Learn: ... while the network learns from the steps before it
+            events = {}
+            learning = global_step > learning_from
+            replay_ratio = args.replay_ratio
+            if args.method == "adaptive":
+                replay_ratio = args.rr_high if detector.switched else args.rr_low
+            for _ in range(updates_due(global_step, replay_ratio) if learning else 0):
+                metrics = learn(sample_batch(replay, args, batch_rng, device))
+                gradient_steps += 1
+                events |= recycle_dormant(q_network, optimizer, replay, gradient_steps, args, redo_rng, device)
+                if gradient_steps == 1:
+                    detector.first_batch(float(metrics["fau/q_network"]))
+                interval_fau.add(metrics["fau/q_network"])
+            if learning and global_step % args.target_network_frequency == 0:
+                agent.update_target()
+
+            # Observe
+            lives = info["lives"][0]
+            obs, reward, terminated, truncated, info = envs.recv()
+            over = bool(terminated[0]) or (args.terminal_on_life_loss and bool(info["lives"][0] < lives))
+            replay.add(action, np.clip(reward[0], -1, 1), over, obs[0, -1])
+            global_step += 1
+            episode_return += float(reward[0])
+            done = bool(terminated[0] or truncated[0])
+            run.bar.update()
+
+            # Raise the replay ratio when the FAU has settled
+            if global_step % args.rr_check_every == 0 and (average := interval_fau.take()) is not None:
+                before = detector.switched
+                events |= {"adaptive_rr/fau": average, "adaptive_rr/difference": detector.end_episode(average)}
+                if args.method == "adaptive" and detector.switched and not before:
+                    run.say(f"the FAU has settled at {average:.4f}; the replay ratio is now {args.rr_high:g}")
+
+            # Log: a game may last 27,000 steps
+            run.log(global_step, events)
+            if global_step % args.log_every == 0:
+                run.check_finite(metrics, global_step - args.log_every)
+                run.log(global_step, metrics | {
+                    "charts/epsilon": epsilon, "charts/gradient_steps": gradient_steps,
+                    "charts/replay_ratio": replay_ratio if learning else 0,
+                    "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": run.walltime(),
+                })  # fmt: skip
+            if global_step >= learning_from and global_step % args.dormant_every == 0:
+                states = replay.sample(args.dormant_batch_size, look_rng)[0].to(device)
+                run.log(global_step, dormant_ratios(q_network, states))
+
+        # After the episode
+        episode += 1
+        run.check_finite(metrics, start_step)
+        charts = {}
+        if start_update > first_update:  # without the first episode that learns, which warms up and compiles
+            charts["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
+        if done:
+            charts |= {"charts/episodic_return": episode_return, "charts/episodic_length": global_step - start_step}
+            run.bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
+        run.log(global_step, charts)
+
+    run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
+    run.close()
+    return run.dir
+
+
+# === Housekeeping of this script: what cannot work ====================================================================
+def check_args(args: Args) -> tuple:
+    """Refuses what cannot work, before anything is allocated or written -> the devices of network and replay."""
+    check_values(args)
+    with torch.device("meta"):  # shapes only, nothing is allocated
+        network = DuelingCNN(18, args)
+    activations = 1.2e6 * max(1, args.width)  # bytes per state
+    needed = {  # rough bytes; 5: weights, the target's, gradients, Adam's moments
+        "buffer_size": replay_frames(args) * (84 * 84 + 24),
+        "width": 3e8 + 5 * 4 * sum(p.numel() for p in network.parameters()),
+        "dormant_batch_size": activations * args.dormant_batch_size,
+        "batch_size": 2 * activations * args.batch_size,
+        "redo_batch_size": activations * args.redo_batch_size,
+    }
+    devices = check_devices(args, needed)
+    default = Args()
+    for method, names in (
+        ("redo", ["redo_tau", "redo_batch_size", "redo_period_gradient_steps"]),
+        ("adaptive", ["rr_low", "rr_high", "rr_threshold"]),
+    ):
+        for name in names:
+            if args.method != method and getattr(args, name) != getattr(default, name):
+                refuse(name, getattr(args, name), f"does nothing without --method {method}")
+    for name, fine, limit in (
+        ("env_id", args.env_id.startswith("ALE/"), "is no game of the Arcade Learning Environment (ALE/<Game>-v5)"),
+        ("replay_ratio", args.method != "adaptive" or args.replay_ratio == 1, "does nothing with --method adaptive"),
+        ("total_timesteps", args.total_timesteps > args.learning_starts, "must be more than --learning-starts"),
+        ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
+        ("learning_starts", args.n_step <= args.learning_starts <= args.buffer_size, "must lie between --n-step and "
+         "--buffer-size"),
+    ):  # fmt: skip
+        if not fine:
+            refuse(name, getattr(args, name), limit)
+    try:
+        make_envs(args, 1)
+    except Exception as error:
+        refuse("env_id", args.env_id, f"cannot be played ({type(error).__name__}: {error})")
+    return devices
+
+
+def replay_frames(args) -> int:
+    """Frames in the ring. Twice the steps are enough: an episode's last frame takes a place, too."""
+    return min(args.buffer_size, 2 * args.total_timesteps)
+
+
+# === Housekeeping, the same text in every script: arguments, precision, CUDA graphs, files, signals ===================
+def refuse(flag: str, value: object, limit: str) -> None:
+    """Ends the program because of a user's mistake: one line on stderr, exit code 2."""
+    line = f"{SCRIPT}.py: error: --{flag.replace('_', '-')} {value}: {limit}"
+    print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(command_line: list) -> Args:
+    """The command line -> arguments. What is not given comes from the task's defaults, or from the resumed run."""
+    import tyro
+
+    args = tyro.cli(Args, args=command_line)
+    if args.resume is None:
+        return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
+    try:
+        description = json.loads((Path(args.resume) / "args.json").read_text())
+        if description["script"] != SCRIPT:
+            raise ValueError(f"it is one of {description['script']}.py")
+        default = Args(**description["args"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        refuse("resume", args.resume, f"is not the folder of a run that this script can continue ({error})")
+    check_values(default)
+    args = tyro.cli(Args, args=command_line, default=default)
+    for name, value in fixed_args(default).items():
+        if getattr(args, name) != value:
+            refuse(name, getattr(args, name), f"a resumed run keeps its own value, {value}")
+    return args
+
+
+def fixed_args(args: Args) -> dict:
+    """The arguments that a resumed run keeps."""
+    return {name: value for name, value in asdict(args).items() if not hasattr(RunArgs, name)}
+
+
+def check_values(args: Args) -> None:
+    """Refuses values of a wrong type, which args.json can contain, and values outside the bounds of their type."""
+    kinds = get_type_hints(Args)
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value, kind = getattr(args, name), kinds[name]
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        if not (value in choices if choices else isinstance(value, int | float if kind is float else kind)):
+            refuse(name, value, f"must be {getattr(kind, '__name__', kind)}")
+        for low, high in getattr(hint, "__metadata__", ()):
+            if value is not None and not low <= value <= high:  # true for NaN, too
+                refuse(name, value, f"must lie between {low} and {high}")
+
+
+def check_devices(args: Args, needed: dict) -> tuple:
+    """Refuses what this computer does not have -> the devices of the networks and of the replay. needed: roughly how
+    many bytes the run takes, by the flag that decides it; those of buffer_size are the replay's."""
+    found = dict(auto=True, cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    for name in ("device", "buffer_device"):
+        if not found[getattr(args, name)]:
+            refuse(name, getattr(args, name), "torch sees no such device here")
+    gpu = found["cuda"] and args.device in ("auto", "cuda")
+    device = ("cuda" if gpu else "cpu") if args.device == "auto" else args.device
+    fits = gpu and sum(needed.values()) < 0.9 * memory("cuda")
+    buffer_device = ("cuda" if fits else "cpu") if args.buffer_device == "auto" else args.buffer_device
+    for place in (device, buffer_device):
+        here = {k: v for k, v in needed.items() if place == (buffer_device if k == "buffer_size" else device)}
+        if sum(here.values()) > memory(place):
+            name = max(here, key=here.get)
+            sizes = f"about {sum(here.values()) / 1e9:.1f} GB, {place} has {memory(place) / 1e9:.1f} GB"
+            refuse(name, getattr(args, name), f"the run needs {sizes}")
+    if args.cudagraphs and device != "cuda":
+        refuse("cudagraphs", True, f"needs --device cuda, not {device}")
+    if args.track and not find_spec("wandb"):
+        refuse("track", True, "needs Weights & Biases: pip install wandb")
+    return torch.device(device), torch.device(buffer_device)
+
+
+def memory(device: str) -> int:
+    """Bytes: what is free on the GPU, or all of the computer's memory, or what its container may take of it."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no such file, or no limit ("max")
+        return min(everything, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return everything
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """float32: exact. tf32: faster convolutions and matrix products on a GPU. bfloat16: the update runs under autocast.
+
+    On a CPU, products in float32 go through oneDNN instead of MKL (on AMD twice as fast) if its "bf16" mode proves to
+    be as exact as float32, which it is on CPUs without bfloat16 matrix units.
+    """
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")  # first: it resets oneDNN's
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+        keep_freed_memory()
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+        if ((x @ x).double() - x.double() @ x.double()).abs().max() > 1e-3:
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def keep_freed_memory() -> None:
+    """glibc gives freed tensors above 32 MB back to the system, and each page of the next one is zeroed anew: a quarter
+    of an update on 256 images of 84 x 84. Here it keeps what is freed, up to 1 GB a tensor."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # not every C library has it
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def compile_modules(*modules: nn.Module) -> None:
+    torch._dynamo.config.recompile_limit = 64  # one compilation per batch size and kind of gradient
+    for module in modules:
+        module.compile(dynamic=False)
+
+
+def capture(update, optimizers: list):
+    """update(batch) -> metrics, as a function that replays it as a CUDA graph. The metrics are overwritten each time.
+
+    The first 3 updates run as they are, on a stream of their own: Adam creates its state, libraries choose kernels. The
+    4th is captured. A graph keeps addresses: from then on, weights and Adam's state may only be changed in place.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    warm_up, static, metrics = iter(range(3)), [], {}
+
+    def captured(batch):
+        if next(warm_up, None) is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                eager = update(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            return eager
+        if not static:
+            static.extend(x.clone() for x in batch)
+            for optimizer in optimizers:
+                optimizer.zero_grad()  # the gradients are then allocated in the graph's own memory
+            with torch.cuda.graph(graph):
+                metrics.update(update(static))
+        for buffer, value in zip(static, batch):
+            buffer.copy_(value)
+        graph.replay()
+        return metrics
+
+    return captured
+
+
+class Run:
+    """Everything around learning: folder, log, checkpoints, signals, progress bar. It calls nothing of the algorithm.
+
+    A checkpoint contains counters (whole numbers) and parts: modules, optimizers, random generators, and anything else
+    with state_dict and load_state_dict. With --resume, the constructor restores both.
+    """
+
+    FORMAT = 2  # of checkpoint.pt
+
+    def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.args = args
+        self.parts = parts | dict(torch_rng=torch.default_generator)
+        if device.type == "cuda":
+            self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
+        self.counters = counters
+        self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
+        self.stopped = None  # exit code, when the run is to stop
+        self.finished = False
+        self.start_time = time.time()
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-")
+        self.dir = Path(args.resume or f"runs/{name}")
+        with self.disk():
+            self.dir.mkdir(parents=True, exist_ok=args.resume is not None)
+            self.lock = open(self.dir / "lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refuse("resume", self.dir, "another process is working on this run")
+            if args.resume is not None:
+                self.load()
+            self.describe()
+            # What a killed run logged after its last checkpoint is dropped
+            purge_step = self.counters["global_step"] + 1 if args.resume is not None else None
+            self.writer = SummaryWriter(str(self.dir), purge_step=purge_step)
+            rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        self.saved_step = self.counters["global_step"]
+        options = dict(unit="step", unit_scale=True, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.saved_step, **options)
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        self.handlers = {n: signal.signal(n, self.request_stop) for n in numbers}
+
+    def say(self, line: str) -> None:
+        """One line on stderr, above the progress bar."""
+        from tqdm import tqdm
+
+        tqdm.write(f"{SCRIPT}.py: {' '.join(line.split())}", file=sys.stderr)
+
+    @contextmanager
+    def disk(self):
+        """Around what reads or writes the folder: a full disk or a vanished folder ends the program with one line."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save raises the one as the other
+            self.say(f"error: cannot read or write {self.dir}: {str(error)[:200]}")
+            raise SystemExit(1) from None
+
+    def describe(self) -> None:
+        """Stores the script, its arguments and the versions of all packages in the folder."""
+        if self.args.resume is None:
+            shutil.copy(__file__, self.dir)
+        versions = {package.name: package.version for package in metadata.distributions()}
+        versions |= dict(python=sys.version.split()[0])
+        description = dict(script=SCRIPT, action_repeat=ACTION_REPEAT, args=asdict(self.args), versions=versions)
+        save_file(self.dir / "args.json", description)
+        if self.args.track:
+            import wandb
+
+            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+
+    def stop(self, reason: str, exit_code: int) -> None:
+        """From now on `train` saves and ends as soon as it can, with this line and exit code."""
+        if self.stopped is None:
+            self.reason = reason
+            self.stopped = exit_code
+
+    def request_stop(self, number, frame):
+        self.stop(f"stopped by {signal.Signals(number).name}", 128 + number)
+        signal.signal(number, signal.SIG_DFL)
+        try:
+            os.write(2, b"\nsaving; once more to stop at once\n")
+        except OSError:  # its reader is gone, as after Ctrl-C in "2>&1 | tee": print nothing from now on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def check_finite(self, metrics: dict, since: int) -> None:
+        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
+        for tag, value in metrics.items():
+            if not math.isfinite(value):
+                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+
+    def walltime(self) -> float:
+        """Seconds, those before a resume included."""
+        return time.time() - self.start_time
+
+    def log(self, global_step: int, metrics: dict) -> None:
+        values = {tag: float(value) for tag, value in metrics.items()}
+        with self.disk():
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, global_step)
+
+    def film(self, global_step: int, frames: list) -> None:
+        """Writes frames (height, width, 3) uint8 to films/<step>.mp4; TensorBoard shows where."""
+        from moviepy import ImageSequenceClip
+
+        path = self.dir / "films" / f"{global_step}.mp4"
+        height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
+        with self.disk():
+            path.parent.mkdir(exist_ok=True)
+            clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
+            clip.write_videofile(str(path), logger=None)
+            self.writer.add_text("eval/film", str(path), global_step)
+
+    def checkpoint_due(self, global_step: int) -> bool:
+        return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
+
+    def save(self, **counters) -> None:
+        content = counters | dict(format=self.FORMAT, args=fixed_args(self.args), walltime=self.walltime())
+        for name, part in self.parts.items():
+            if name != "replay" or self.keep_replay:
+                content[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+        with self.disk():
+            self.writer.flush()
+            save_file(self.dir / self.checkpoint, content)
+        self.saved_step = counters["global_step"]
+
+    def load(self) -> None:
+        """Maps the file into memory, so that the replay is never there twice. All else is copied, because Adam keeps
+        the very tensors that it is given."""
+        try:
+            content = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+            self.counters = {name: content[name] for name in self.counters}
+            same = content["format"] == self.FORMAT and content["args"] == fixed_args(self.args)
+            if not same or min(self.counters.values()) < 0:
+                raise ValueError("it is one of another run or version")
+            self.start_time -= content["walltime"]
+            for name in self.parts.keys() - ({"replay", "cuda_rng"} - content.keys()):
+                part = self.parts[name]
+                state = content[name] if name == "replay" else copy.deepcopy(content[name])
+                if isinstance(part, torch.optim.Optimizer):  # options like fused and capturable are this run's
+                    state["param_groups"] = part.state_dict()["param_groups"]
+                part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+        except Exception as error:
+            refuse("resume", self.dir, f"has no checkpoint.pt that fits ({type(error).__name__}: {str(error)[:200]})")
+        if self.counters["global_step"] > self.args.total_timesteps:
+            refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
+        if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
+            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+
+    def write_summary(self, module: nn.Module, results: dict) -> None:
+        """The results of a run that took all its steps. module: what --save-model saves."""
+        with self.disk():
+            if self.args.save_model:
+                save_file(self.dir / "model.pt", module.state_dict())
+            save_file(self.dir / "summary.json", results | dict(walltime=self.walltime()))
+        self.finished, self.keep_replay = True, self.args.checkpoint_replay == "always"
+        print(f"{self.dir}: mean return {results['eval/episodic_return']:.1f}")
+
+    def close(self) -> None:
+        """Ends the log, and if the run was stopped, the program."""
+        with self.disk():
+            self.writer.close()
+        self.bar.close()
+        self.lock.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.stopped is not None and not self.finished:
+            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
+            raise SystemExit(self.stopped)
+
+
+def save_file(path: Path, content) -> None:
+    """Writes a .json or .pt file whole or not at all: a temporary file replaces the old one when it is complete."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(content, temporary) if path.suffix == ".pt" else temporary.write_text(json.dumps(content, indent=2))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the run has begun ends it without a traceback
+    train(parse_args(sys.argv[1:]))

@@ -1,0 +1,235 @@
+"""DrQ(eps): the update by hand, two streams and ReDo, augmentation, the switch of the replay ratio, whole runs."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run
+
+import drq_eps_atari as study
+
+TINY = (
+    "--width 0.125 --padding valid --batch-size 8 --learning-starts 40 --total-timesteps 120 --exploration-steps 60 "
+    "--max-episode-steps 40 --eval-every 60 --eval-episodes 3 --eval-envs 2 --dormant-every 40 --dormant-batch-size 8 "
+    "--log-every 20 --redo-period-gradient-steps 25 --n-step 3 --exp-name tiny"
+).split()
+DRQ = [flag for flag in TINY if flag not in ("--redo-period-gradient-steps", "25")]
+ADAPTIVE = [*DRQ, "--method", "adaptive", "--rr-check-every", "20", "--rr-threshold", "0.5"]
+
+
+def run(*flags):
+    return study.train(study.parse_args([str(flag) for flag in flags]))
+
+
+def small_agent(**changes):
+    """-> agent, optimizer, arguments, a batch of 16."""
+    args = study.Args(device="cpu", width=0.125, padding="valid", **changes)
+    agent = study.DuelingAgent(6, args)
+    torch.manual_seed(0)
+    obs = torch.randint(0, 256, (2, 16, 4, 84, 84), dtype=torch.uint8)
+    discount = torch.full((16,), 0.9) * (torch.rand(16) < 0.8)
+    batch = obs[0], torch.randint(0, 6, (16,)), torch.randn(16), discount, obs[1]
+    return agent, torch.optim.Adam(agent.q_network.parameters(), 1e-3), args, batch
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+def test_two_streams_by_hand():
+    agent, _, _, (obs, *_) = small_agent()
+    q, activations = agent.q_network(obs)
+    layers = agent.q_network.layers
+    h = activations["dense"]
+    advantage = h @ layers["advantage"].weight.T + layers["advantage"].bias
+    value = h @ layers["value"].weight.T + layers["value"].bias
+    torch.testing.assert_close(q, value + advantage - advantage.mean(1, keepdim=True))
+    assert sorted(activations) == ["conv1", "conv2", "conv3", "dense"] and "head" not in layers
+    assert layers["advantage"].weight.shape == (6, 64) and layers["value"].weight.shape == (1, 64)
+
+
+def test_the_update_by_hand():
+    """The action is the learning network's choice, its value the target network's; no augmentation: a shift of 0."""
+    agent, optimizer, args, batch = small_agent(shift_pad=0, intensity=0.0)
+    with torch.no_grad():  # a target network that disagrees
+        for p in agent.target_network.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    obs, action, reward, discount, next_obs = batch
+    best = agent.q_network(next_obs)[0].argmax(1)
+    values = agent.target_network(next_obs)[0]
+    assert not torch.equal(best, values.argmax(1))
+    target = reward + discount * values[range(16), best]
+    difference = agent.q_network(obs)[0][range(16), action] - target
+    expected = torch.where(difference.abs() < 1, difference**2 / 2, difference.abs() - 0.5).mean()
+    share = study.fau(list(agent.q_network(obs)[1].values()))
+    metrics = study.update(agent, optimizer, args, batch)
+    assert metrics["losses/td"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["losses/targets"].item() == pytest.approx(target.mean().item(), rel=1e-5, abs=1e-6)
+    assert metrics["fau/q_network"].item() == pytest.approx(share.item())
+
+
+def test_images_are_shifted_and_brightened_each_by_its_own():
+    _, _, args, _ = small_agent()
+    torch.manual_seed(0)
+    obs = torch.full((400, 4, 84, 84), 100, dtype=torch.uint8)
+    factor = study.augment(obs, args) / 100
+    assert torch.equal(factor, factor[:, :1, :1, :1].expand_as(factor))
+    factor = factor[:, 0, 0, 0]
+    assert factor.min().item() == pytest.approx(0.9, abs=0.005) and factor.max() <= 1.1 + 1e-6  # two deviations
+    assert factor.std().item() == pytest.approx(0.0479, abs=0.004)  # 0.05, cut off
+    obs = torch.zeros(200, 4, 84, 84, dtype=torch.uint8)
+    obs[:, :, 40, 40] = 255
+    places = [divmod(int(i), 84) for i in study.augment(obs, args)[:, 0].flatten(1).argmax(1)]
+    assert {x for place in places for x in place} == set(range(36, 45))
+
+
+def test_recycling_zeroes_both_streams_and_keeps_the_output():
+    agent, optimizer, args, batch = small_agent(redo_tau=0.0, redo_period_gradient_steps=10)
+    study.update(agent, optimizer, args, batch)
+    for name in ("conv3", "dense"):
+        agent.q_network.layers[name].bias.data[:2] = -1e6
+    before, target = agent.q_network(batch[0])[0], copy.deepcopy(agent.target_network.state_dict())
+
+    class Stub:
+        def sample(self, count, generator):
+            return batch
+
+    call = [agent.q_network, optimizer, Stub()], [args, torch.Generator(), torch.device("cpu")]
+    assert study.recycle_dormant(*call[0], 9, *call[1]) == {}
+    metrics = study.recycle_dormant(*call[0], 10, *call[1])
+    torch.testing.assert_close(agent.q_network(batch[0])[0], before, rtol=0, atol=1e-6)
+    layers = agent.q_network.layers
+    for stream in ("advantage", "value"):
+        assert not layers[stream].weight[:, :2].any() and layers[stream].weight.any()
+    assert layers["dense"].weight[:2].any() and not layers["dense"].bias[:2].any()
+    assert metrics["events/redo_q_change"] < 1e-6 and metrics["redo_recycled/dense"] >= 2
+    assert_same(dict(target), dict(agent.target_network.state_dict()))
+
+
+def test_a_mean_survives_a_checkpoint():
+    mean = study.Mean()
+    assert mean.take() is None
+    mean.add(torch.tensor(0.1))
+    again = study.Mean()
+    again.load_state_dict(mean.state_dict())
+    for m in (mean, again):
+        m.add(torch.tensor(0.7))
+    assert mean.take() == again.take() == pytest.approx(0.4) and mean.take() is None
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ratio, updates", [(0.5, 40), (1, 79), (8, 632)])
+def test_gradient_steps_and_recycling(ratio, updates):
+    """Learning begins after step 40: at steps 41 to 119."""
+    run_dir = run(*TINY, "--replay-ratio", ratio)
+    summary, logged = json.loads((run_dir / "summary.json").read_text()), scalars(run_dir)
+    assert abs(summary["gradient_steps"] - updates) <= 1
+    recycled = len(logged["redo_recycled/all"])  # several within one step are one point
+    assert recycled == updates // 25 or ratio == 8
+    assert set(logged["dormant_ratio_tau0/all"]) == {40, 80, 120}
+
+
+def test_the_target_is_updated_at_every_step(monkeypatch):
+    calls, copy_target = [], study.DuelingAgent.update_target
+    monkeypatch.setattr(study.DuelingAgent, "update_target", lambda self: (calls.append(0), copy_target(self)))
+    run(*TINY)
+    assert len(calls) == 79
+
+
+def test_a_lost_life_ends_the_episode_for_the_learner_and_rewards_are_clipped():
+    _, replay = run_and_replay(study, *DRQ, "--method", "drq", "--total-timesteps", 400, "--max-episode-steps", 400)
+    _, other = run_and_replay(study, *DRQ, "--method", "drq", "--total-timesteps", 400, "--max-episode-steps", 400,
+                              "--no-terminal-on-life-loss")  # fmt: skip
+    assert replay["record"][:, 2].sum() > other["record"][:, 2].sum()
+    assert set(replay["record"][:, 1].unique().tolist()) <= {-1, 0, 1}
+
+
+def test_the_replay_ratio_rises_when_the_fau_has_settled(capsys):
+    run_dir = run(*ADAPTIVE, "--rr-low", 0.5, "--rr-high", 4)
+    logged = scalars(run_dir)
+    assert set(logged["adaptive_rr/fau"]) == {60, 80, 100, 120}  # learning begins after 40
+    ratios = logged["charts/replay_ratio"]
+    assert (ratios[60], ratios[80]) == (0.5, 4) and "the FAU has settled at" in capsys.readouterr().err
+    steps = json.loads((run_dir / "summary.json").read_text())["gradient_steps"]
+    assert abs(steps - (10 + 4 * 60)) <= 4
+    logged = scalars(run(*DRQ, "--method", "adaptive", "--rr-check-every", 20, "--rr-threshold", 0))
+    assert set(logged["charts/replay_ratio"].values()) == {0, 0.5}
+    fau = list(logged["adaptive_rr/fau"].values())
+    difference = list(logged["adaptive_rr/difference"].values())
+    assert difference[1:] == pytest.approx(np.abs(np.diff(fau)), abs=1e-6)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--gamma", 0.5], ["--n-step", 1], ["--learning-rate", 0.01], ["--adam-eps", 1e-8], ["--batch-size", 16],
+    ["--shift-pad", 1], ["--intensity", 0], ["--exploration-steps", 5], ["--end-e", 0.5], ["--learning-starts", 50],
+    ["--target-network-frequency", 30], ["--activation", "leaky_relu"], ["--init", "torch"], ["--padding", "same"],
+    ["--sticky-actions", 0.9], ["--max-episode-steps", 20], ["--redo-tau", 0.9], ["--buffer-size", 60],
+    ["--redo-batch-size", 4, "--redo-tau", 0.5], ["--seed", 2], ["--env-id", "ALE/Pong-v5"],
+], ids=str)  # fmt: skip
+def test_every_flag_changes_what_is_learned(flags):
+    a, b = (checkpoint(run(*TINY, *more))["agent"]["q_network.layers.dense.weight"] for more in ([], flags))
+    assert a.shape != b.shape or not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("flags", [TINY, ADAPTIVE], ids=["redo", "adaptive"])
+@pytest.mark.parametrize("dies", [55, 93])
+def test_killed_and_resumed_is_bit_identical(flags, dies):
+    flags = [*flags, "--checkpoint-every", 15]
+    whole, replay = run_and_replay(study, *flags)
+    part = killed_run(study, dies, *flags)
+    killed_run(study, 5, "--resume", part)
+    _, resumed = run_and_replay(study, "--resume", part)
+    assert_same(checkpoint(whole), checkpoint(part))
+    assert_same(replay, resumed)
+    assert scalars(whole) == scalars(part)
+
+
+def test_a_signal_saves_and_goes_on():
+    part = stopped_run(study, 70, *TINY)
+    assert checkpoint(part)["global_step"] == 70
+    run("--resume", part)
+    assert checkpoint(part)["global_step"] == 120 and (part / "summary.json").exists()
+
+
+def test_an_evaluation_plays_so_many_games(monkeypatch):
+    played = []
+    original = study.evaluate
+
+    def counting(*values):
+        results = original(*values)
+        played.append(results["eval/episodic_length"])
+        return results
+
+    monkeypatch.setattr(study, "evaluate", counting)
+    run(*TINY, "--eval-episodes", 5, "--eval-envs", 3)
+    assert played == [40, 40]  # cut off by the time limit
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags, message", [
+    ("--env-id Pong", "--env-id Pong: is no game of the Arcade Learning Environment"),
+    ("--env-id ALE/Pomg-v5", "--env-id ALE/Pomg-v5: cannot be played"),
+    ("--method drq --redo-tau 0.2", "--redo-tau 0.2: does nothing without --method redo"),
+    ("--rr-high 3", "--rr-high 3.0: does nothing without --method adaptive"),
+    ("--method adaptive --replay-ratio 2", "--replay-ratio 2.0: does nothing with --method adaptive"),
+    ("--learning-starts 5", "--learning-starts 5: must lie between --n-step and --buffer-size"),
+    ("--total-timesteps 1000", "--total-timesteps 1000: must be more than --learning-starts"),
+    ("--buffer-size 20", "--buffer-size 20: is too small for --n-step 10"),
+    ("--resume nowhere", "--resume nowhere: is not the folder of a run"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*flags.split())
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert os.listdir() == []
+
+
+def test_a_copy_in_an_empty_folder_runs():
+    shutil.copy(study.__file__, "mine.py")
+    done = subprocess.run([sys.executable, "mine.py", *TINY], capture_output=True, text=True)
+    assert done.returncode == 0 and list(Path("runs").glob("*/summary.json")), done.stderr
