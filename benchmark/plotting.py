@@ -33,7 +33,7 @@ def load_module(path: str):
 
 
 # The same in every picture
-BASELINES = ("plain", "drqv2", "dqn", "static0.5")
+BASELINES = ("plain", "drqv2", "dqn", "sac", "drq", "static0.5")
 METHODS = ("augmentation", "drm", "redo", "adaptive")
 
 

@@ -30,7 +30,7 @@ settled: the averages of two intervals of 2000 steps differ by at most 0.001.   
     python studies/drq_eps_atari.py --total-timesteps 100000       Asterix, ReDo at replay ratio 1
     SCALE=paper bash benchmark/redo_dqn_atari/drq_fig10d.sh        26 games, 400,000 steps, IQM at replay ratio 1, 2, 4,
                                    8: DrQ(eps) 0.61, 0.53, 0.425, 0.35; ReDo 0.635, 0.615, 0.56, 0.515; and drq_fig17.sh
-    SCALE=paper bash benchmark/adaptive_rr/atari_table.sh          17 games, mean human-normalised score: static 0.5, 1,
+    SCALE=paper bash benchmark/redo_dqn_atari/drq_atari_table.sh   17 games, mean human-normalised score: static 0.5, 1,
                                    2: 42, 41, 35%; ReDo 42%; adaptive 56%
 
 Differences from the official code (google/dopamine, labs/atari_100k and labs/redo), and the reasons for them:
@@ -793,7 +793,7 @@ def check_args(args: Args) -> tuple:
     devices = check_devices(args, needed)
     default = Args()
     for method, names in (
-        ("redo", ["redo_tau", "redo_batch_size", "redo_period_gradient_steps"]),
+        ("redo", ["redo_tau", "redo_batch_size"]),  # the period may be given to every method of a sweep
         ("adaptive", ["rr_low", "rr_high", "rr_threshold"]),
     ):
         for name in names:

@@ -33,7 +33,7 @@ replay (--replay-from) does not. So it is the network that has failed, not the d
 
     python studies/redo_sac.py                           ReDo on Ant for 1M steps
     python studies/redo_sac.py --method sac              SAC alone; --env-id HalfCheetah-v5, Hopper-v5, Walker2d-v5
-    SCALE=small bash benchmark/redo_dqn_atari/sac_fig14.sh            Figs. 14, 18: what it shows is in README.md there
+    SCALE=small bash benchmark/redo_dqn_atari/sac_fig14.sh       Figs. 14, 18; others: README.md there
 
 Differences from the official code (google/dopamine, labs/redo/tfagents), and the reasons for them:
  1. Tasks are Gymnasium's -v5; the official -v2 can no longer be installed.

@@ -3,7 +3,8 @@
     python benchmark/redo_dqn_atari/plot.py fig1 --runs "redo_fig1-smoke-*" --out runs/figures/fig1
 
 FIGURE is fig1, fig2, fig5, fig6, fig7, fig7_cpu, fig9, fig10a, fig10b, fig10c, fig11, fig12, fig13, fig15, fig16,
-fig21, fig22, fig24, table7, adam, cpu or exploration. Each is written as PNG with the CSV behind it. Returns are those
+fig21, fig22, fig24, table7, adam, cpu, exploration, sac_fig14, sac_fig19, sac_table6, sac_priming, drq_fig10d,
+drq_fig17 or drq_table. Each is written as PNG with the CSV behind it. Returns are those
 of evaluations; aggregates are interquartile means (IQM) of human-normalised scores over runs x games, with 95%
 stratified bootstrap intervals; other bands are 95% bootstrap intervals over seeds. Stars are the paper's numbers, where
 it ends. A run's line is named by the end of its --exp-name.
@@ -32,18 +33,25 @@ from plotting import (
 RETURN, RANK = "eval/episodic_return", "feature_rank/dense"
 TD_LOSS, Q_CHANGE, ALIVE = "losses/td", "events/redo_q_change", "events/alive"
 DORMANT = "dormant_ratio_tau{}/all"
+DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/critic1"
 NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
 LABELS = {RETURN: "return", RANK: "feature rank, dense", TD_LOSS: "TD loss", ALIVE: "neurons not pruned",
           Q_CHANGE: "largest change of a q-value by recycling"}  # fmt: skip
 PREFIXES = {"dormant_ratio_tau": "dormant neurons, tau ", "overlap_": "overlap, "}
 
-# Scores of a random policy and of a human, for the paper's 17 games
+# Scores of a random policy and of a human; first the paper's 17 games
 HUMAN_NORMALISATION = {
     "Asterix": (210.0, 8503.3), "BeamRider": (363.9, 16926.5), "Breakout": (1.7, 30.5), "DemonAttack": (152.1, 1971.0),
     "DoubleDunk": (-18.6, -16.4), "Enduro": (0, 860.5), "IceHockey": (-11.2, 0.9), "Jamesbond": (29.0, 302.8),
     "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6), "Qbert": (163.9, 13455.0), "RoadRunner": (11.5, 7845.0),
     "Seaquest": (68.4, 42054.7), "SpaceInvaders": (148.0, 1668.7), "WizardOfWor": (563.5, 4756.5),
     "YarsRevenge": (3092.9, 54576.9), "Zaxxon": (32.5, 9173.3),
+    # Further ones of Atari 100k, and of Ma et al.
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "BankHeist": (14.2, 753.1),
+    "BattleZone": (2360.0, 37187.5), "Boxing": (0.1, 12.1), "ChopperCommand": (811.0, 7387.8),
+    "CrazyClimber": (10780.5, 35829.4), "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5),
+    "Hero": (1027.0, 30826.4), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5),
+    "KungFuMaster": (258.5, 22736.3), "PrivateEye": (24.9, 69571.3), "UpNDown": (533.4, 11693.2),
 }  # fmt: skip
 
 # The paper's numbers at the end of its runs, read from its figures
@@ -59,6 +67,14 @@ PAPER_FIG10 = {
     "fig10b": {"dqn": (0.655, 0.69, 0.555, 0.345), "redo": (0.69, 0.725, 0.727, 0.565)},
     "fig10c": {"dqn": (0.79, 0.78, 0.51, 0.22), "redo": (0.83, 1.0, 0.84, 0.53)},
 }
+PAPER_FIG10D = {"drq": (0.61, 0.53, 0.425, 0.35), "redo": (0.635, 0.615, 0.56, 0.515)}
+PAPER_FIG14 = {
+    "Ant-v5": {"sac": 5000, "redo": 4900, "reset": 4080, "weight-decay": 4850},
+    "HalfCheetah-v5": {"sac": 11500, "redo": 11200, "reset": 10550, "weight-decay": 10300},
+}
+PAPER_FIG18 = ({"Ant-v5": {"sac": 0.10}}, {"Ant-v5": {"sac": 0.17}})
+PAPER_TABLE6 = {"Ant-v5": {"x0.25-sac": 2016, "x0.25-redo": 2115, "x0.5-sac": 3964, "x0.5-redo": 4472}}
+PAPER_ATARI_TABLE = {"static0.5": 0.423, "static1": 0.413, "static2": 0.351, "redo": 0.423, "adaptive": 0.558}
 PAPER_FIG11 = {"dqn": 0.30, "redo": 0.625}, {"dqn": 0.47, "dqn-lr4": 0.40, "redo": 0.10}
 PAPER_FIG12 = ({"x1-dqn": 0.30, "x2-dqn": 0.375, "x4-dqn": 0.33, "x1-redo": 0.625, "x2-redo": 0.695, "x4-redo": 0.71},
                {"x1-dqn": 0.47, "x2-dqn": 0.52, "x4-dqn": 0.55, "x1-redo": 0.115})  # fmt: skip
@@ -102,7 +118,8 @@ def finish(axis, title, ylabel, x="million frames") -> None:
 
 def draw_curves(axis, runs, tag, paper=None, against_gradient_steps=False) -> list:
     """One tag over million frames, or over million gradient steps, a line per arm -> rows of the CSV."""
-    rows, unit = [], "million gradient steps" if against_gradient_steps else "million frames"
+    rows, unit = [], "million frames" if runs[0].action_repeat > 1 else "million steps"
+    unit = "million gradient steps" if against_gradient_steps else unit
     arms = group(runs, arm)
     for name, seeds in arms.items():
         frames, values = aligned(seeds, tag)
@@ -169,8 +186,8 @@ def headline(runs, out, paper, tag=None, tag_paper=None, env_id="ALE/DemonAttack
     save(figure, rows, out, NOTE)
 
 
-def by_replay_ratio(runs, out, paper) -> None:
-    """Fig. 10: the final IQM over the replay ratio, a line per method."""
+def by_replay_ratio(runs, out, paper, ticks=(0.25, 0.5, 1, 2)) -> None:
+    """Fig. 10: the final IQM over the replay ratio, a line per method. paper: method -> its IQM at the ticks."""
     figure, (axis,) = panels(1, width=4.2)
     rows, methods = [], group(runs, lambda run: run.args["method"])
     for method, members in methods.items():
@@ -182,7 +199,7 @@ def by_replay_ratio(runs, out, paper) -> None:
             last = [game[:, -1:] for game in games]
             low, high = stratified_bootstrap(last, iqm)
             points.append((iqm(last)[0], low[0], high[0]))
-            known = dict(zip((0.25, 0.5, 1, 2), paper[method])).get(ratio)
+            known = dict(zip(ticks, paper[method])).get(ratio)
             rows.append(
                 dict(method=method, replay_ratio=ratio, games=len(games), seeds=len(games[0]), frames=int(frames[-1]),
                      iqm=points[-1][0], low=low[0], high=high[0], paper=known)
@@ -190,12 +207,32 @@ def by_replay_ratio(runs, out, paper) -> None:
         mean, low, high = np.array(points).T
         axis.plot(list(ratios), mean, "o-", color=color, label=method)
         axis.fill_between(list(ratios), low, high, color=color, alpha=0.2, linewidth=0)
-        axis.plot((0.25, 0.5, 1, 2), paper[method], "*", color=color, ms=9)
+        axis.plot(ticks, paper[method], "*", color=color, ms=9)
     axis.set_xscale("log", base=2)
-    ticks = (0.25, 0.5, 1, 2)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
     finish(axis, f"{rows[0]['games']} game{'s' * (rows[0]['games'] > 1)}, {seeds}", "final IQM", "replay ratio")
+    save(figure, rows, out, NOTE)
+
+
+def final_scores(runs, out, paper) -> None:
+    """The mean human-normalised score over the games at the end, a bar per arm."""
+    figure, (axis,) = panels(1, width=4.2)
+    rows, arms = [], group(runs, arm)
+    for i, (name, members) in enumerate(arms.items()):
+        _, games = scores(members)
+        last = [game[:, -1:] for game in games]
+        mean = np.mean([game.mean() for game in last])
+        low, high = stratified_bootstrap(last, lambda games: np.mean([game.mean(0) for game in games], axis=0))
+        axis.bar(i, mean, color=colours(arms)[name])
+        axis.errorbar(i, mean, [[mean - low[0]], [high[0] - mean]], color="0.3")
+        axis.plot(i, paper[name], "k*", ms=9)
+        rows.append(dict(arm=name, games=len(games), seeds=len(games[0]), mean=mean, low=low[0], high=high[0],
+                         paper=paper[name]))  # fmt: skip
+    axis.set_xticks(range(len(arms)), arms)
+    seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
+    title = f"{rows[0]['games']} game{'s' * (rows[0]['games'] > 1)}, {seeds}"
+    axis.set(title=title, ylabel="mean human-normalised score")
     save(figure, rows, out, NOTE)
 
 
@@ -229,6 +266,15 @@ FIGURES = {
     ),
     "adam": lambda runs, out: curves(runs, out, [DORMANT.format(0.1), DORMANT.format(0), RETURN]),
     "cpu": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RANK, RETURN]),
+    "sac_fig14": lambda runs, out: curves(
+        runs, out, [RETURN, DORMANT_ACTOR, DORMANT_CRITIC], [PAPER_FIG14, *PAPER_FIG18]
+    ),
+    "sac_fig19": lambda runs, out: curves(runs, out, [RETURN, DORMANT_ACTOR, DORMANT_CRITIC]),
+    "sac_table6": lambda runs, out: curves(runs, out, [RETURN, DORMANT_ACTOR, DORMANT_CRITIC], [PAPER_TABLE6]),
+    "sac_priming": lambda runs, out: curves(runs, out, [RETURN, DORMANT_ACTOR, DORMANT_CRITIC]),
+    "drq_fig10d": lambda runs, out: by_replay_ratio(runs, out, PAPER_FIG10D, (1, 2, 4, 8)),
+    "drq_fig17": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RETURN]),
+    "drq_table": lambda runs, out: final_scores(runs, out, PAPER_ATARI_TABLE),
     "exploration": lambda runs, out: curves(runs, out, [DORMANT.format(0), DORMANT.format(0.1), RETURN]),
 }
 

@@ -66,3 +66,43 @@ old_run() { # old_run ARM SEED: the folder of that run of old_runs, or a pattern
   local folders=(runs/"${envs//\//-}__redo_old-$SCALE-$1__${2}__"*/)
   echo "${folders[-1]}"
 }
+
+sac_tiers() { # sac_tiers "TASKS at paper scale": sets seeds, envs and flags for this SCALE
+  seeds=1 envs=Ant-v5 flags=""
+  case $SCALE in
+    smoke) flags="--total-timesteps 1500 --learning-starts 300 --width 0.1 --eval-every 500 --eval-episodes 2 --dormant-every 500
+      --dormant-batch-size 64 --redo-period-gradient-steps 300 --reset-period-gradient-steps 300" ;;
+    small) seeds="1 2 3" flags="--total-timesteps 200000 --eval-episodes 5 --redo-period-gradient-steps 20000
+      --reset-period-gradient-steps 50000" ;;
+    paper) seeds="1 2 3 4 5 6 7 8 9 10" envs=$1 ;;
+  esac
+}
+
+sac_runs() { # Figs. 14, 18, 20: SAC, ReDo, resets and weight decay, seed by seed
+  sac_tiers "Ant-v5 HalfCheetah-v5 Hopper-v5 Walker2d-v5"
+  local seed
+  for seed in $seeds; do
+    sweep studies/redo_sac.py redo_sac "$envs" "$seed" $flags < <(
+      echo "sac --method sac"
+      echo "redo --method redo"
+      echo "reset --method reset"
+      echo "weight-decay --method sac --weight-decay 1e-5"
+    )
+  done
+}
+
+GAMES26=$(printf "ALE/%s-v5 " Alien Amidar Assault Asterix BankHeist BattleZone Boxing Breakout ChopperCommand CrazyClimber \
+  DemonAttack Freeway Frostbite Gopher Hero Jamesbond Kangaroo Krull KungFuMaster MsPacman Pong PrivateEye Qbert RoadRunner \
+  Seaquest UpNDown)
+
+drq_tiers() { # drq_tiers "GAMES at paper scale" SEEDS at paper scale: sets seeds, envs and flags for this SCALE
+  seeds=1 envs=ALE/Asterix-v5 flags=""
+  case $SCALE in
+    smoke) flags="--total-timesteps 300 --learning-starts 50 --exploration-steps 50 --max-episode-steps 60 --width 0.25
+      --eval-every 150 --eval-episodes 2 --eval-envs 2 --dormant-every 50 --dormant-batch-size 32 --log-every 50
+      --redo-period-gradient-steps 50" ;;
+    small) seeds="1 2" flags="--total-timesteps 100000 --width 0.25 --padding valid --precision float32 --eval-every 25000
+      --eval-episodes 20" ;;
+    paper) envs=$1 seeds=$2 ;;
+  esac
+}

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The authors' slides on the primacy bias: SAC fails at a replay ratio of 9; a new agent that begins with the failed one's
+# replay does not. Expect: replay ratio 9 far below 1; the new agent (replay ratio 1) on its data as good as 1, and sooner.
+source "$(dirname "$(realpath "$0")")/../common.sh"
+source benchmark/redo_dqn_atari/runs.sh
+
+sac_tiers Ant-v5
+[ "$SCALE" != small ] || flags="--total-timesteps 50000 --eval-episodes 5"
+flags=${flags/--redo-period-gradient-steps 300/}
+flags="$flags --method sac"
+sweep studies/redo_sac.py redo_sac9 "$envs" "$seeds" $flags < <(
+  echo "rr9 --replay-ratio 9 --checkpoint-replay always"
+  echo "rr1 --replay-ratio 1"
+)
+wait
+for seed in $seeds; do
+  failed=(runs/"${envs//\//-}__redo_sac9-$SCALE-rr9__${seed}__"*/) # a pattern where that run has not begun
+  sweep studies/redo_sac.py redo_sac9 "$envs" "$seed" $flags < <(echo "new --replay-from ${failed[-1]}")
+done
+draw benchmark/redo_dqn_atari/plot.py sac_priming --runs "redo_sac9-$SCALE-*"
