@@ -746,6 +746,7 @@ def test_the_table_of_tasks():
     assert (args.learning_starts, args.exploration_steps, args.eval_every, args.eval_episodes) == (2000, 2000, 5000, 10)
 
 
+@pytest.mark.slow
 def test_a_run_learns(serial):
     """The dot finds the middle of the picture."""
     flags = [*DRM, "--total-timesteps", 1500, "--hidden-dim", 64, "--feature-dim", 16, "--batch-size", 32,

@@ -317,6 +317,7 @@ def test_speed_flags_change_bits_but_not_results(flag, tolerance, serial, quick_
     assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == ("--compile" in flag)
 
 
+@pytest.mark.slow
 def test_a_run_learns(serial):
     """The dot finds the middle of the picture."""
     flags = [*PIXELS, "--total-timesteps", 1500, "--hidden-dim", 64, "--feature-dim", 16, "--batch-size", 32,
