@@ -15,31 +15,38 @@
 Deep Reinforcement Learning (Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv 2302.12902), and the Atari table of
 Revisiting Plasticity in Visual Reinforcement Learning (Ma et al.; ICLR 2024, arXiv 2310.07418).
 
-Where a game may be played for 400,000 steps only (or 100,000), one takes many gradient steps per step (--replay-ratio
-1 to 8), and neurons fall dormant: 8 to 16% at tau 0 (Sokar et al., Fig. 17).
+Where a game may be played for only 400,000 steps (or 100,000), one takes many gradient steps per step (--replay-ratio
+1 to 8). Neurons are dormant here, too: 8 to 16% at tau 0 (Sokar et al., Fig. 17, as read by others; in a new network
+it is 13 to 19%).
 Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):                          -> `dormant_score`
     s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; tau-dormant if s_i <= tau
-The agent is DrQ(eps) (Agarwal et al. 2021): DQN with randomly shifted and brightened images (-> `augment`), 10-step
-returns, two streams (-> `DuelingCNN`), double Q-learning, and a target network that is updated at every step:
+The agent is DrQ(eps) (Agarwal et al. 2021): DQN with images that are randomly shifted and made brighter or darker (->
+`augment`), 10-step returns, two streams (-> `DuelingCNN`), double Q-learning, and a target network that is updated at
+every step (so where the replay ratio is at most 1, it is the learning network itself):
     Huber( q(o, a),  R + gamma^10 q_target(o', argmax_a' q(o', a')) )      R: the rewards of 10 steps        -> `update`
 ReDo (--method redo), every 1000 gradient steps: recycle the tau-dormant neurons. Both streams read the dense layer, so
 the weights of both are zeroed.                                                             -> `recycle`, `DuelingCNN`
-Adaptive RR (--method adaptive): the replay ratio is 0.5, and 2 as soon as the fraction of active units (FAU) has
-settled: the averages of two intervals of 2000 steps differ by at most 0.001.                       -> `PlateauDetector`
+Adaptive RR (--method adaptive): the replay ratio starts at 0.5 and becomes 2 as soon as the fraction of active units
+(FAU) has settled: the averages of two intervals of 2000 steps differ by at most 0.001.             -> `PlateauDetector`
 
-    python studies/drq_eps_atari.py --total-timesteps 100000       Asterix, ReDo at replay ratio 1
+    SCALE=small bash benchmark/redo_dqn_atari/drq_fig17.sh         dormant neurons at replay ratio 1 and 2, on a CPU
+    python studies/drq_eps_atari.py --total-timesteps 100000       Asterix, ReDo at replay ratio 1: for a GPU
     SCALE=paper bash benchmark/redo_dqn_atari/drq_fig10d.sh        26 games, 400,000 steps, IQM at replay ratio 1, 2, 4,
-                                   8: DrQ(eps) 0.61, 0.53, 0.425, 0.35; ReDo 0.635, 0.615, 0.56, 0.515; and drq_fig17.sh
+                                                   8: DrQ(eps) 0.61, 0.53, 0.425, 0.35; ReDo 0.635, 0.615, 0.56, 0.515
     SCALE=paper bash benchmark/redo_dqn_atari/drq_atari_table.sh   17 games, mean human-normalised score: static 0.5, 1,
-                                   2: 42, 41, 35%; ReDo 42%; adaptive 56%
+                                                                   2: 42, 41, 35%; ReDo 42%; adaptive 56%
 
 Differences from the official code (google/dopamine, labs/atari_100k and labs/redo), and the reasons for them:
  1. A shift is drawn from -4 to 4, evenly; officially from -4 to 3.
  2. Dormant neurons are those of the four hidden layers; officially the outputs of both streams count, too.
- 3. As in redo_dqn_atari.py: the masks over what reads a convolution, gradient steps that are counted, frames stored
-    once, games side by side in evaluations, an emulator that plays while the network learns.
-Ma et al. have published no code for Atari. ReDo's tau is 0.025 there (Sokar et al.: 0.1); that an interval of 2000 is
-one of steps, and the FAU's average over it, is our reading.
+ 3. At a lost life the learner's episode ends, and that is all; officially the frame stack begins with zeros again, the
+    frame skip is cut, and the agent trains once more.
+ 4. The published configuration recycles nothing, and has 100,000 steps; the defaults here are the paper's.
+ 5. What redo_dqn_atari.py lists, too: the right masks over what reads a convolution; only real gradient steps count;
+    the last steps of a truncated episode are kept; episodes end after 108,000 frames; frames are stored once; games are
+    evaluated side by side; the emulator plays while the network learns.
+Ma et al. have published no code for Atari. ReDo's tau is 0.025 there (Sokar et al.: 0.1). That the interval of 2000 is
+counted in steps, and that the FAU is averaged over it and over all four hidden layers, is our reading.
 Your own intervention: `recycle_dormant`. What is saved: `parts` and counters in `train`, between episodes.
 """
 
@@ -105,6 +112,7 @@ class Args(RunArgs):
 
     # Environment
     sticky_actions: Share = 0.0  # probability, each frame, that the emulator repeats the previous action
+    noop_max: Annotated[int, (0, 27_000)] = 30  # an episode starts with up to this many no-op frames
     terminal_on_life_loss: bool = True  # a lost life ends the episode for the learner (the game goes on)
     max_episode_steps: Annotated[int, (1, 27_000)] = 27_000  # time limit in steps; counts as truncation
 
@@ -134,6 +142,7 @@ class Args(RunArgs):
     redo_tau: NonNegative = 0.1  # recycle neurons with a score of at most this
     redo_period_gradient_steps: Count = 1000  # gradient steps between recycling
     redo_batch_size: Count = 64  # states that the scores are taken over for recycling
+    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = 400_000  # from here on nothing is recycled
     rr_low: Annotated[float, (0.01, 100)] = 0.5  # --method adaptive: replay ratio at first
     rr_high: Annotated[float, (0.01, 100)] = 2.0  # --method adaptive: replay ratio when the FAU has settled
     rr_check_every: Count = 2000  # steps of an interval
@@ -179,8 +188,8 @@ def make_envs(args, num_envs: int, **options):
 
     gymnasium.register_envs(ale_py)
     return gymnasium.make_vec(
-        args.env_id, num_envs, repeat_action_probability=args.sticky_actions, noop_max=0, use_fire_reset=False,
-        max_num_frames_per_episode=ACTION_REPEAT * args.max_episode_steps,
+        args.env_id, num_envs, repeat_action_probability=args.sticky_actions, noop_max=args.noop_max,
+        use_fire_reset=False, max_num_frames_per_episode=ACTION_REPEAT * args.max_episode_steps,
         reward_clipping=False, episodic_life=False, num_threads=min(num_envs, os.cpu_count()), **options,
     )  # fmt: skip
 
@@ -469,7 +478,8 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
 @torch.no_grad()
 def recycle_dormant(q_network, optimizer, replay, gradient_steps: int, args, generator, device) -> dict:
     """What --method redo does to the network after this many gradient steps: usually nothing -> metrics."""
-    if args.method != "redo" or gradient_steps % args.redo_period_gradient_steps != 0:
+    ended = args.redo_end_gradient_steps is not None and gradient_steps >= args.redo_end_gradient_steps
+    if args.method != "redo" or ended or gradient_steps % args.redo_period_gradient_steps != 0:
         return {}
     obs = replay.sample(args.redo_batch_size, generator)[0].to(device)
     q_before, activations = q_network(obs)
@@ -532,7 +542,7 @@ class Mean:
         self.total, self.count = 0.0, 0
 
     def add(self, value: torch.Tensor) -> None:
-        self.total = self.total + value.double()  # stays on the device
+        self.total = self.total + value  # stays on the device
         self.count += 1
 
     def take(self) -> float | None:
@@ -569,8 +579,8 @@ def random_shift(obs: torch.Tensor, pad: int, shift: torch.Tensor | None = None)
 
 
 def augment(obs: torch.Tensor, args) -> torch.Tensor:
-    """Images (batch, 4, 84, 84) uint8, each moved by up to shift_pad pixels and brightened by a random factor -> float,
-    0 to about 255."""
+    """Images (batch, 4, 84, 84) uint8, each moved by up to shift_pad pixels and made brighter or darker by a random
+    factor -> float, 0 to about 280."""
     brightness = 1 + args.intensity * torch.randn(len(obs), 1, 1, 1, device=obs.device).clamp(-2, 2)
     return random_shift(obs, args.shift_pad).float() * brightness
 
@@ -724,8 +734,6 @@ def train(args: Args) -> Path:
                 metrics = learn(sample_batch(replay, args, batch_rng, device))
                 gradient_steps += 1
                 events |= recycle_dormant(q_network, optimizer, replay, gradient_steps, args, redo_rng, device)
-                if gradient_steps == 1:
-                    detector.first_batch(float(metrics["fau/q_network"]))
                 interval_fau.add(metrics["fau/q_network"])
             if learning and global_step % args.target_network_frequency == 0:
                 agent.update_target()
@@ -742,10 +750,7 @@ def train(args: Args) -> Path:
 
             # Raise the replay ratio when the FAU has settled
             if global_step % args.rr_check_every == 0 and (average := interval_fau.take()) is not None:
-                before = detector.switched
                 events |= {"adaptive_rr/fau": average, "adaptive_rr/difference": detector.end_episode(average)}
-                if args.method == "adaptive" and detector.switched and not before:
-                    run.say(f"the FAU has settled at {average:.4f}; the replay ratio is now {args.rr_high:g}")
 
             # Log: a game may last 27,000 steps
             run.log(global_step, events)
@@ -793,7 +798,10 @@ def check_args(args: Args) -> tuple:
     devices = check_devices(args, needed)
     default = Args()
     for method, names in (
-        ("redo", ["redo_tau", "redo_batch_size"]),  # the period may be given to every method of a sweep
+        (
+            "redo",
+            ["redo_tau", "redo_batch_size", "redo_end_gradient_steps"],
+        ),  # the period may be given to every method of a sweep
         ("adaptive", ["rr_low", "rr_high", "rr_threshold"]),
     ):
         for name in names:
@@ -802,7 +810,10 @@ def check_args(args: Args) -> tuple:
     for name, fine, limit in (
         ("env_id", args.env_id.startswith("ALE/"), "is no game of the Arcade Learning Environment (ALE/<Game>-v5)"),
         ("replay_ratio", args.method != "adaptive" or args.replay_ratio == 1, "does nothing with --method adaptive"),
-        ("total_timesteps", args.total_timesteps > args.learning_starts, "must be more than --learning-starts"),
+        ("total_timesteps", args.total_timesteps > args.learning_starts + 1, "must be more than --learning-starts"),
+        ("rr_high", args.rr_high > args.rr_low, "must be more than --rr-low"),
+        ("rr_check_every", args.method != "adaptive" or 2 * args.rr_check_every < args.total_timesteps
+         - args.learning_starts, "leaves no two intervals to compare"),
         ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
         ("learning_starts", args.n_step <= args.learning_starts <= args.buffer_size, "must lie between --n-step and "
          "--buffer-size"),

@@ -170,7 +170,7 @@ def assert_same(a, b, where="checkpoint"):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{where}/{i}")
     else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b), where
 
 
 def assert_new_outcome(script, flags, more, outcomes):

@@ -76,7 +76,8 @@ def test_the_housekeeping_is_the_same_text():
 # variants of five figures and the side study of Adam.
 LENGTHS = {
     "adaptive_rr": (590, 357), "drqv2_plasticity": (805, 379), "redo_dqn_atari": (685, 331),
-    "redo_variants": (662, 345), "drm": (695, 379), "crl_deep": (840, 341),
+    "redo_variants": (662, 345), "redo_sac": (600, 341), "drq_eps_atari": (640, 341), "drm": (695, 379),
+    "crl_deep": (840, 341),
 }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fig. 17: dormant neurons of DrQ(eps) by replay ratio (tau 0). Which games the paper draws we do not know.
-# Expect (paper): 8 to 16%, the more, the higher the replay ratio.
+# Fig. 17: dormant neurons of DrQ(eps) by replay ratio (tau 0). We do not know which games the paper shows.
+# Expect (paper, as read by others): 8 to 16%.
 # SCALE=small, for two cores: Asterix, 100,000 steps, a quarter of the width, no padding, replay ratio 1 and 2, 2 seeds.
 # Expected there, and written down before the runs: more dormant neurons at replay ratio 2, by at least 3 points at the end,
-# with a spread over seeds of 2.
+# with a spread of 2 points over seeds.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 

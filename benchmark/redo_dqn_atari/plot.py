@@ -227,8 +227,9 @@ def final_scores(runs, out, paper) -> None:
         axis.bar(i, mean, color=colours(arms)[name])
         axis.errorbar(i, mean, [[mean - low[0]], [high[0] - mean]], color="0.3")
         axis.plot(i, paper[name], "k*", ms=9)
-        rows.append(dict(arm=name, games=len(games), seeds=len(games[0]), mean=mean, low=low[0], high=high[0],
-                         paper=paper[name]))  # fmt: skip
+        median = np.median([game.mean() for game in last])
+        rows.append(dict(arm=name, games=len(games), seeds=len(games[0]), median=median, mean=mean, low=low[0],
+                         high=high[0], paper=paper[name]))  # fmt: skip
     axis.set_xticks(range(len(arms)), arms)
     seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
     title = f"{rows[0]['games']} game{'s' * (rows[0]['games'] > 1)}, {seeds}"
