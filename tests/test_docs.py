@@ -1,0 +1,32 @@
+"""What stands in docs/ is true: its snippets run, and the files that it names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES.remove(ROOT / "docs/differences.md")  # it names the official codes' files
+
+
+def test_every_snippet_runs(capsys):
+    """Those of one page one after the other, as a reader types them."""
+    text = (ROOT / "docs/your_own.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(snippets) >= 8
+    namespace = {}
+    for snippet in snippets:
+        exec(compile(snippet, "docs/your_own.md", "exec"), namespace)
+    assert namespace["replay_ratio"] == 2.0 and 0 <= namespace["beta"] <= 1
+    assert namespace["loss"].isfinite() and "actor.trunk.head.weight" in namespace["weights"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_in_backticks_exist(page):
+    """Files and functions() that a page names in backticks."""
+    text = page.read_text()
+    for name in re.findall(r"`((?:[\w-]+/)*[\w.-]+\.(?:py|sh|md|txt|toml))`", text):
+        places = [ROOT / name, ROOT / "benchmark" / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}")]
+        found = any(place.exists() for place in places)
+        assert found or name in ("train.py", "mine.py"), f"{page.name} names {name}"
