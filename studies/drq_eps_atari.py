@@ -613,7 +613,7 @@ def sample_batch(replay, args, generator, device) -> tuple:
     return tuple(x.to(device) for x in replay.sample(args.batch_size, generator))
 
 
-def exploration_at(step: int, args) -> float:
+def random_share_at(step: int, args) -> float:
     """The probability of a random action: 1 until learning starts, then linear to end_e."""
     progress = min(max((step - args.learning_starts) / args.exploration_steps, 0.0), 1.0)
     return 1 + progress * (args.end_e - 1)
@@ -720,7 +720,7 @@ def train(args: Args) -> Path:
         episode_return, done, metrics = 0.0, False, {}
         while not (done or run.stopped or global_step == args.total_timesteps):
             # Act: the emulator plays this step in its own thread ...
-            epsilon = exploration_at(global_step, args)
+            epsilon = random_share_at(global_step, args)
             action = int(act(q_network, obs, epsilon, num_actions, act_rng, device)[0])
             envs.send(np.array([action]))
 

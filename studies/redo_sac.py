@@ -21,31 +21,35 @@ SAC (Haarnoja et al. 2018): critics q1 and q2, a policy pi = tanh(N(mean, std^2)
     policy   alpha log pi(a|s) - min_i q_i(s, a)                                                      a ~ pi( . |s)
     alpha    log alpha ( -log pi(a|s) + action dimensions / 2 )
 In continuous control neurons fall dormant, too: after 1M steps on Ant about 10% of the policy's and 17% of the critics'
-at tau 0 (Fig. 18). What is done about them changes little (--method):                                    -> `intervene`
+at tau 0 (Fig. 18). Recycling them changes little, resets cost return (--method):                     -> `intervene_sac`
     redo         recycle those of policy and critics every 200,000 gradient steps (Figs. 14, 20)            -> `recycle`
     reset        all networks anew, every 200,000 gradient steps                                       -> `reset_layers`
-    prune        silence for ever whatever is dormant once: no loss of return (Fig. 19)                       -> `prune`
-    sac          nothing; and the paper's third baseline is weight decay, --method sac --weight-decay 1e-5
+    prune        permanently silence every neuron that is ever dormant: no loss of return (Fig. 19)           -> `prune`
+    sac          nothing; with --weight-decay 1e-5, the paper's weight-decay baseline (for SAC its value is not said)
 Return after 1M steps, 10 seeds, of SAC, ReDo, weight decay and resets: Ant 5000, 4900, 4850, 4080; HalfCheetah 11500,
-11200, 10300, 10550. Narrow networks gain a little (Table 6, Ant): 2016 -> 2115 at --width 0.25, 3964 -> 4472 at 0.5.
-The authors' slides on the primacy bias: at a replay ratio of 9 SAC fails; a new agent that begins with the failed one's
-replay (--replay-from) does not. So it is the network that has failed, not the data.
+11200, 10300, 10550. In narrow networks (Table 6, Ant) the gain is within the spread: 2016 +- 102 -> 2115 +- 212 at
+--width 0.25, 3964 +- 953 -> 4472 +- 648 at 0.5.
+The primacy bias (Nikishin et al. 2022, on another task; so the slides of Ma et al.): at a replay ratio of 9 SAC fails.
+Does a new agent fail, too, that begins with the failed one's replay (--replay-from)? If not, the network has failed.
 
-    python studies/redo_sac.py                           ReDo on Ant for 1M steps
-    python studies/redo_sac.py --method sac              SAC alone; --env-id HalfCheetah-v5, Hopper-v5, Walker2d-v5
-    SCALE=small bash benchmark/redo_dqn_atari/sac_fig14.sh       Figs. 14, 18; others: README.md there
+    SCALE=small bash benchmark/redo_dqn_atari/sac_fig14.sh       Figs. 14, 18 in small; others: README.md there
+    python studies/redo_sac.py                   ReDo on Ant for 1M steps: hours on a CPU, not run yet
+    python studies/redo_sac.py --method sac      SAC alone; --env-id HalfCheetah-v5, Hopper-v5, Walker2d-v5
 
 Differences from the official code (google/dopamine, labs/redo/tfagents), and the reasons for them:
- 1. Tasks are Gymnasium's -v5; the official -v2 can no longer be installed.
- 2. log std is cut off at -20 and 2 before it can overflow; officially it is not.
- 3. Both target critics begin as copies; officially the second one's copy overwrites the first one's.
- 4. Scores are taken over other states of the replay than those of the last update.
- 5. A reset renews the target critics, too; else the new critics would learn from the old ones.
- 6. Weight decay is added to the gradients of weights, not of biases; officially it is part of the loss, twice as large.
+ 1. Tasks are Gymnasium's -v5; Gymnasium no longer has -v2. Ant-v5 observes contact forces, too: returns and dormant
+    neurons are not those of -v2.
+ 2. log std is clipped to [-20, 2] before it can overflow; officially it is not.
+ 3. Scores are computed on a fresh batch from the replay after the update; officially on the update's batch, before it.
+ 4. A reset zeroes Adam's moments of biases, too; officially those of weights alone. Neither resets the temperature.
+ 5. Weight decay is added to the gradients of weights, not of biases; officially it is part of the loss, the same for
+    the critics, twice as large for the policy.
+ 6. The temperature learns from the actions of the policy's loss; officially from new ones, after the policy's step.
+ 7. The 10,000 random steps are part of the 1M; officially they come on top.
 Kept: both Adam moments of recycled weights are zeroed while the step count goes on; their neurons' biases become 0.
-How often the paper prunes, it does not say: here every 1000 gradient steps.
-Your own intervention: `intervene`. Your own environment: any with flat observations and bounded continuous actions.
-What is saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode like a truncation.
+The paper does not say how often it prunes; here, every 1000 gradient steps.
+Your own intervention: `intervene_sac`. Your own environment: any with flat observations, bounded continuous actions and
+a time limit. What is saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode.
 """
 
 import copy
@@ -102,7 +106,7 @@ class Args(RunArgs):
 
     exp_name: str = "redo_sac"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
-    env_id: str = "Ant-v5"  # a Gymnasium environment with flat observations and bounded continuous actions
+    env_id: str = "Ant-v5"  # a Gymnasium environment with flat observations, bounded actions and a time limit
     precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of matrix products: see set_precision
     total_timesteps: Count = 1_000_000  # steps of the whole run
 
@@ -122,7 +126,7 @@ class Args(RunArgs):
     # Dormant neurons
     method: Literal["redo", "sac", "reset", "prune"] = "redo"  # what is done to the networks while they learn
     redo_tau: NonNegative = 0.0  # recycle or prune neurons with a score of at most this
-    redo_period_gradient_steps: Count = 200_000  # gradient steps between recycling; default of pruning: 1000
+    redo_period_gradient_steps: Count = 200_000  # between recyclings, or prunings (then 1000 by default)
     redo_batch_size: Count = 256  # states that the scores are taken over for that
     reset_period_gradient_steps: Count = 200_000  # gradient steps between resets of all networks
 
@@ -158,6 +162,7 @@ def make_env(env_id: str, **options):
     env = gymnasium.make(env_id, **options)
     flat = isinstance(env.observation_space, gymnasium.spaces.Box) and len(env.observation_space.shape) == 1
     bounded = isinstance(env.action_space, gymnasium.spaces.Box) and env.action_space.is_bounded()
+    bounded = bounded and len(env.action_space.shape) == 1
     if not flat or not bounded or env.spec.max_episode_steps is None:
         raise ValueError("it needs flat observations, bounded continuous actions and a time limit")
     return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -294,19 +299,19 @@ def dormant_share(score: torch.Tensor, tau: float) -> torch.Tensor:
     return torch.where(score.isfinite().all(), (score <= tau).float().mean(), math.nan)
 
 
-def look(agent, obs, action) -> tuple:
-    """{network: {layer: activation}} of policy and critics on states and actions of the replay, {network: module}."""
-    x = torch.cat([obs, action], -1)
-    modules = dict(actor=agent.actor, critic1=agent.critic1, critic2=agent.critic2)
-    return {name: module(obs if name == "actor" else x)[1] for name, module in modules.items()}, modules
+def hidden_activations(agent, states, actions) -> dict:
+    """{network: {layer: activation}} of policy and critics on states and actions of the replay."""
+    x = torch.cat([states, actions], -1)
+    inputs = dict(actor=states, critic1=x, critic2=x)
+    return {name: getattr(agent, name)(inputs[name])[1] for name in inputs}
 
 
 @torch.no_grad()
-def measure_networks(agent, obs, action) -> dict:
-    """The shares of tau-dormant neurons by network and over all of them (Fig. 18) -> metrics."""
-    activations, _ = look(agent, obs, action)
+def measure_networks(agent, states, actions) -> dict:
+    """The shares of tau-dormant neurons by network, and of both critics together (Fig. 18) -> metrics."""
+    activations = hidden_activations(agent, states, actions)
     scores = {name: torch.cat([dormant_score(h) for h in layers.values()]) for name, layers in activations.items()}
-    scores["all"] = torch.cat(list(scores.values()))
+    scores["critics"] = torch.cat([scores["critic1"], scores["critic2"]])
     metrics = {}
     for name, score in scores.items():
         for tau in TAUS:
@@ -350,11 +355,11 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
 
 @torch.no_grad()
 def prune(layers, masks, optimizer=None) -> None:
-    """Silences neurons for ever (Fig. 6), in place: their incoming weights and biases become 0, so ReLU gives 0, and as
-    its gradient there is 0, too, they stay so; the optimizer must forget its averages of them. Arguments: see
-    `recycle_variant`."""
+    """Silences neurons for good (Fig. 6), in place: their incoming weights and biases become 0; ReLU then gives 0 and
+    passes no gradient, so they stay 0, as the optimizer forgets its averages of them. layers: as for `recycle`; masks:
+    (neurons,) bool, one per layer."""
     for (layer, _), mask in zip(layers, masks):
-        for parameter in (layer.weight, layer.bias):
+        for parameter in layer.parameters():
             rows = mask.view(-1, *[1] * (parameter.dim() - 1))
             parameter.masked_fill_(rows, 0)
             if optimizer is not None:
@@ -381,31 +386,34 @@ def reset_layers(layers, optimizers: list, generator, step_counts: bool = False)
 
 
 @torch.no_grad()
-def intervene(agent, optimizers, replay, gradient_steps: int, args, generator, device) -> dict:
+def intervene_sac(agent, optimizers, replay, gradient_steps: int, args, generator, device) -> dict:
     """What --method does to the networks after this many gradient steps: usually nothing -> metrics."""
+    actor_optimizer, critic_optimizer, _ = optimizers
     if args.method == "reset" and gradient_steps % args.reset_period_gradient_steps == 0:
         networks = (agent.actor, agent.critic1, agent.critic2)
         reset_layers([layer for network in networks for layer in network.children()], optimizers, generator)
         agent.update_targets(1.0)
         return {"events/reset": 1}
-    metrics = {}
-    if args.method in ("redo", "prune") and gradient_steps % args.redo_period_gradient_steps == 0:
-        obs, action, *_ = (x.to(device) for x in replay.sample(args.redo_batch_size, generator))
-        q_before = agent.critics(obs, action)[0]
-        activations, modules = look(agent, obs, action)
-        for name, module in modules.items():
-            optimizer = optimizers[0] if name == "actor" else optimizers[1]
-            layers, h = module.recyclable(), list(activations[name].values())
-            if args.method == "prune":
-                masks = [dormant_score(x) <= args.redo_tau for x in h]
-                prune(layers, masks, optimizer)
-                if name != "actor":
-                    prune(getattr(agent, name.replace("critic", "target")).recyclable(), masks)
-            else:
-                masks = recycle(layers, h, optimizer, args.redo_tau, generator)
-            metrics[f"{'pruned' if args.method == 'prune' else 'redo_recycled'}/{name}"] = torch.cat(masks).sum()
-        metrics["events/redo_q_change"] = (agent.critics(obs, action)[0] - q_before).abs().max()
-    return metrics
+    if args.method not in ("redo", "prune") or gradient_steps % args.redo_period_gradient_steps != 0:
+        return {}
+    states, actions, *_ = (x.to(device) for x in replay.sample(args.redo_batch_size, generator))
+    q_before = agent.critics(states, actions)[0]
+    activations, metrics = hidden_activations(agent, states, actions), {}
+    for name, network, target, optimizer in (
+        ("actor", agent.actor, None, actor_optimizer), ("critic1", agent.critic1, agent.target1, critic_optimizer),
+        ("critic2", agent.critic2, agent.target2, critic_optimizer),
+    ):  # fmt: skip
+        hidden = list(activations[name].values())
+        if args.method == "redo":
+            masks = recycle(network.recyclable(), hidden, optimizer, args.redo_tau, generator)
+            metrics[f"redo_recycled/{name}"] = torch.cat(masks).sum()
+        else:
+            masks = [dormant_score(h) <= args.redo_tau for h in hidden]
+            prune(network.recyclable(), masks, optimizer)
+            if target is not None:
+                prune(target.recyclable(), masks)
+            metrics[f"pruned/{name}"] = torch.cat(masks).sum()
+    return metrics | {"events/redo_q_change": (agent.critics(states, actions)[0] - q_before).abs().max()}
 
 
 # === SAC ==============================================================================================================
@@ -507,11 +515,12 @@ def train(args: Args) -> Path:
     eval_envs = [make_env(args.env_id, **(options if i == 0 else {})) for i in range(args.eval_episodes)]
     agent = SACAgent(obs_dim, action_dim, args).to(device)
     optimizers = make_sac_optimizers(agent, args, device)
-    replay = TransitionReplay(replay_capacity(args), obs_dim, action_dim, buffer_device)
+    replay = TransitionReplay(transition_capacity(args), obs_dim, action_dim, buffer_device)
     if given is not None:
         replay.load_state_dict(given)
     batch_rng, act_rng, edit_rng, look_rng = (random_stream(args.seed, i) for i in (0, 4, 1, 2))
     learn = partial(update, agent, optimizers, args)
+    interventions = partial(intervene_sac, agent, optimizers, replay, args=args, generator=edit_rng, device=device)
     if args.cudagraphs:
         learn = capture(learn, optimizers)
     if args.compile:
@@ -523,7 +532,8 @@ def train(args: Args) -> Path:
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
     learning_from = args.learning_starts + max(0, global_step - replay.num_added)  # later, if the replay is refilled
-    learning_from = 0 if args.replay_from else learning_from
+    if args.replay_from and replay.num_added > global_step:  # the other run's replay is there
+        learning_from = 0
     first_update = gradient_steps
 
     while not run.stopped:
@@ -546,9 +556,10 @@ def train(args: Args) -> Path:
         episode_return, done, sums = 0.0, False, {}
         while not (done or run.stopped or global_step == args.total_timesteps):
             # Act
-            action = act(agent, obs[None], act_rng, device)[0]
             if global_step < args.learning_starts and not args.replay_from:
                 action = (2 * torch.rand(action_dim, generator=act_rng) - 1).numpy()
+            else:
+                action = act(agent, obs[None], act_rng, device)[0]
             next_obs, reward, terminated, truncated, _ = env.step(action)
             replay.add(obs, action, reward, terminated, next_obs)
             obs, done = next_obs, terminated or truncated
@@ -562,7 +573,7 @@ def train(args: Args) -> Path:
                     metrics = learn(sample_batch(replay, args, batch_rng, device))
                     sums = {tag: value + sums.get(tag, 0) for tag, value in metrics.items()}
                     gradient_steps += 1
-                    run.log(global_step, intervene(agent, optimizers, replay, gradient_steps, args, edit_rng, device))
+                    run.log(global_step, interventions(gradient_steps))
 
         # After the episode
         if global_step == start_step:  # the run stops before its first step
@@ -578,8 +589,8 @@ def train(args: Args) -> Path:
             metrics |= {"charts/episodic_return": episode_return, "charts/episodic_length": steps}
             run.bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
         if global_step // args.dormant_every > start_step // args.dormant_every:
-            obs, action, *_ = (x.to(device) for x in replay.sample(args.dormant_batch_size, look_rng))
-            metrics |= measure_networks(agent, obs, action)
+            states, actions, *_ = (x.to(device) for x in replay.sample(args.dormant_batch_size, look_rng))
+            metrics |= measure_networks(agent, states, actions)
         run.log(global_step, metrics)
 
     run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
@@ -602,8 +613,8 @@ def check_args(args: Args) -> tuple:
         refuse("env_id", args.env_id, f"cannot be played ({type(error).__name__}: {error})")
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     hidden = 256 * args.width
-    needed = {  # rough bytes; a weight of the policy and of two critics has targets, a gradient and two moments
-        "buffer_size": replay_capacity(args) * 4 * (2 * obs_dim + action_dim + 2),
+    needed = {  # rough bytes; a weight has a gradient and two moments, one of the critics a target, too
+        "buffer_size": transition_capacity(args) * 4 * (2 * obs_dim + action_dim + 2),
         "width": 3e8 + 4 * 14 * hidden * (hidden + obs_dim + action_dim),
         "batch_size": 60 * hidden * max(args.batch_size, args.redo_batch_size, args.dormant_batch_size),
     }
@@ -612,16 +623,25 @@ def check_args(args: Args) -> tuple:
     for name in ("redo_tau", "redo_batch_size"):  # the periods may be given to every method of a sweep
         if args.method not in ("redo", "prune") and getattr(args, name) != getattr(default, name):
             refuse(name, getattr(args, name), "does nothing without --method redo or prune")
-    if args.total_timesteps <= args.learning_starts and not args.replay_from:
+    starts = 0 if args.replay_from else args.learning_starts
+    if args.total_timesteps <= starts:
         refuse("total_timesteps", args.total_timesteps, f"must be more than --learning-starts {args.learning_starts}")
+    if args.replay_from and args.learning_starts != default.learning_starts:
+        refuse("learning_starts", args.learning_starts, "does nothing with --replay-from")
+    period = dict(reset="reset_period_gradient_steps", sac=None).get(args.method, "redo_period_gradient_steps")
+    updates = (args.total_timesteps - starts) * args.replay_ratio
+    if period and getattr(args, period) > updates and args.resume is None:
+        refuse(period, getattr(args, period), f"is longer than the run, which has {updates} gradient steps")
     given = None
     if args.replay_from and args.resume is None:
         try:
             path = Path(args.replay_from) / "checkpoint.pt"
-            given = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["replay"]
-            fits = given["num_added"] <= min(args.buffer_size, given["capacity"])
-            if given["sizes"][:2] != [obs_dim, action_dim] or not fits:
-                raise ValueError("it is one of another environment, or larger than --buffer-size")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            given = content["replay"]
+            if content["args"]["env_id"] != args.env_id or given["num_added"] == 0:
+                raise ValueError(f"it is empty, or one of {content['args']['env_id']}")
+            if given["num_added"] > min(args.buffer_size, given["capacity"]):
+                raise ValueError(f"its {given['num_added']} transitions are more than a ring held, or ours will hold")
         except Exception as error:
             needs = "it must be a run with --checkpoint-replay always"
             refuse(
@@ -630,7 +650,7 @@ def check_args(args: Args) -> tuple:
     return *devices, obs_dim, action_dim, given
 
 
-def replay_capacity(args) -> int:
+def transition_capacity(args) -> int:
     """Transitions in the ring."""
     return args.buffer_size if args.replay_from else min(args.buffer_size, args.total_timesteps)
 

@@ -559,8 +559,8 @@ def recycle_variant(layers, masks, optimizer, generator, adam="moments", incomin
 @torch.no_grad()
 def prune(layers, masks, optimizer=None) -> None:
     """Silences neurons for good (Fig. 6), in place: their incoming weights and biases become 0; ReLU then gives 0 and
-    passes no gradient, so they stay 0, as the optimizer forgets its averages of them. Arguments: see
-    `recycle_variant`."""
+    passes no gradient, so they stay 0, as the optimizer forgets its averages of them. layers: as for `recycle`; masks:
+    (neurons,) bool, one per layer."""
     for (layer, _), mask in zip(layers, masks):
         for parameter in layer.parameters():
             rows = mask.view(-1, *[1] * (parameter.dim() - 1))

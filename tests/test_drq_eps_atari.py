@@ -98,7 +98,7 @@ def test_both_images_of_a_batch_are_augmented_once(monkeypatch):
 
 def test_exploration_by_hand():
     args = study.Args()
-    assert [study.exploration_at(step, args) for step in (0, 1600, 4100, 6600, 10**6)] == pytest.approx(
+    assert [study.random_share_at(step, args) for step in (0, 1600, 4100, 6600, 10**6)] == pytest.approx(
         [1, 1, 0.505, 0.01, 0.01]
     )
 

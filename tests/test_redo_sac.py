@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run, wait_for
+from helpers import (
+    assert_new_outcome,
+    assert_same,
+    checkpoint,
+    killed_run,
+    run_and_replay,
+    scalars,
+    stopped_run,
+    wait_for,
+)
 
 import redo_sac as study
 
@@ -47,6 +56,8 @@ def small_agent(**changes):
 def test_the_update_by_hand():
     """Losses, and one step of Adam from zero moments: each weight moves by the learning rate against its gradient."""
     agent, optimizers, args, batch = small_agent()
+    agent.log_alpha.data.fill_(-1.2)
+    alpha = math.exp(-1.2)
     old = copy.deepcopy(agent).double()  # log(1 - tanh(u)^2) as it stands has too few digits in float32
     torch.manual_seed(5)
     metrics = study.update(agent, optimizers, args, batch)
@@ -60,7 +71,7 @@ def test_the_update_by_hand():
         return torch.cat([obs, torch.tanh(u)], -1), log_prob.sum(-1, keepdim=True)
 
     x, log_prob = sample(next_obs)
-    value = torch.minimum(old.target1(x)[0], old.target2(x)[0]) - 1.0 * log_prob  # alpha begins at 1
+    value = torch.minimum(old.target1(x)[0], old.target2(x)[0]) - alpha * log_prob
     target = (0.1 * reward + 0.99 * (1 - terminated) * value).detach()
     x = torch.cat([obs, action], -1)
     critic_loss = 0.5 * ((old.critic1(x)[0] - target) ** 2 + (old.critic2(x)[0] - target) ** 2).mean()
@@ -70,12 +81,13 @@ def test_the_update_by_hand():
     # The policy's loss is taken with the critics after their step
     new = copy.deepcopy(agent).double()
     x, log_prob = sample(obs)
-    actor_loss = (log_prob - torch.minimum(new.critic1(x)[0], new.critic2(x)[0])).mean()
+    actor_loss = (alpha * log_prob - torch.minimum(new.critic1(x)[0], new.critic2(x)[0])).mean()
     assert metrics["losses/actor"].item() == pytest.approx(actor_loss.item(), rel=1e-4)
     assert metrics["losses/entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-4)
 
-    entropy_too_low = -log_prob.mean().item() < -1  # the wanted entropy of 2 actions
-    assert agent.log_alpha.item() == pytest.approx(3e-4 if entropy_too_low else -3e-4, rel=1e-3)
+    entropy = -log_prob.mean().item()
+    assert agent.log_alpha.grad.item() == pytest.approx(entropy + 1, rel=1e-4)  # the wanted entropy of 2 actions is -1
+    assert agent.log_alpha.item() == pytest.approx(-1.2 - math.copysign(3e-4, entropy + 1), abs=1e-6)
     gradients = torch.autograd.grad(actor_loss, list(old.actor.parameters()))
     for before, after, gradient in zip(old.actor.parameters(), agent.actor.parameters(), gradients):
         clear = gradient.abs() > 1e-4
@@ -120,6 +132,22 @@ def test_weight_decay_is_for_weights_alone():
     old, *_ = small_agent()
     change = agent.critic1.hidden1.weight - old.critic1.hidden1.weight
     assert torch.equal(change.sign(), -old.critic1.hidden1.weight.sign())
+    change = agent.actor.hidden2.weight - old.actor.hidden2.weight
+    assert torch.equal(change.sign(), -old.actor.hidden2.weight.sign())
+
+
+def test_acting_by_hand():
+    agent, _, _, (obs, *_) = small_agent()
+    with torch.no_grad():
+        mean, log_std = agent.actor(obs)[0].chunk(2, -1)
+    device = torch.device("cpu")
+    assert study.act(agent, obs.numpy(), None, device) == pytest.approx(torch.tanh(mean).numpy(), abs=1e-6)
+    noise = torch.randn(16, 2, generator=generator(3))
+    expected = torch.tanh(mean + log_std.exp() * noise).numpy()
+    assert study.act(agent, obs.numpy(), generator(3), device) == pytest.approx(expected, abs=1e-6)
+    agent.actor.head.bias.data[2:] = torch.tensor([9.0, -99.0])
+    _, log_std = agent.policy(obs)
+    assert log_std[:, 0].tolist() == [2] * 16 and log_std[:, 1].tolist() == [-20] * 16
 
 
 # --- what is done to the networks -------------------------------------------------------------------------------------
@@ -140,7 +168,7 @@ def prepared(method, **changes):
 
 def intervene(agent, optimizers, args, replay, gradient_steps):
     device = torch.device("cpu")
-    return study.intervene(agent, optimizers, replay, gradient_steps, args, generator(), device)
+    return study.intervene_sac(agent, optimizers, replay, gradient_steps, args, generator(), device)
 
 
 def test_redo_recycles_policy_and_critics_and_changes_no_output():
@@ -193,8 +221,8 @@ def test_dormant_ratios_by_network():
     h = agent.critic1(torch.cat([obs, action], -1))[1]
     silent = torch.cat([(layer <= 0).all(0) for layer in h.values()]).float().mean()
     assert metrics["dormant_ratio_tau0/critic1"] == pytest.approx(silent.item()) and silent >= 2 / 13
-    names = [f"dormant_ratio_tau0/{name}" for name in ("actor", "critic1", "critic2")]
-    assert metrics["dormant_ratio_tau0/all"] == pytest.approx(np.mean([metrics[name] for name in names]))
+    both = metrics["dormant_ratio_tau0/critic1"] + metrics["dormant_ratio_tau0/critic2"]
+    assert metrics["dormant_ratio_tau0/critics"] == pytest.approx(both / 2) and "dormant_ratio_tau0/actor" in metrics
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -214,17 +242,17 @@ def test_how_often_what_happens(flags, events):
     assert 70 <= min(logged["eval/episodic_return"]) and 140 in logged["eval/episodic_return"]
 
 
+REDO = ["--redo-tau", 0.5]  # recycles in every run
+
+
 @pytest.mark.parametrize("flags", [
     ["--gamma", 0.5], ["--learning-rate", 0.01], ["--tau", 0.5], ["--reward-scale", 1], ["--width", 0.1],
     ["--batch-size", 16], ["--learning-starts", 60], ["--buffer-size", 50], ["--weight-decay", 1], ["--seed", 2],
-    ["--redo-tau", 0.5], ["--redo-tau", 0.5, "--redo-batch-size", 4], ["--precision", "bfloat16"],
-    ["--redo-tau", 0.5, "--redo-period-gradient-steps", 40], ["--method", "reset"],
+    ["--redo-tau", 0.9], ["--redo-batch-size", 4], ["--precision", "bfloat16"], ["--replay-ratio", 2],
+    ["--redo-period-gradient-steps", 40], ["--method", "prune"],
 ], ids=str)  # fmt: skip
-def test_every_flag_changes_what_is_learned(flags):
-    a, b = (checkpoint(run(*TINY, *more))["agent"] for more in ([], flags))
-    assert a["actor.head.weight"].shape != b["actor.head.weight"].shape or not torch.equal(
-        a["actor.head.weight"], b["actor.head.weight"]
-    )
+def test_every_flag_changes_what_is_learned(flags, outcomes):
+    assert_new_outcome(study, [*TINY, *REDO], flags, outcomes)
 
 
 def test_same_seed_same_bits_and_looking_changes_nothing():
@@ -271,9 +299,29 @@ def test_a_signal_cuts_the_episode_saves_and_goes_on():
 
 def test_a_new_agent_learns_from_a_failed_ones_replay():
     old, replay = run_and_replay(study, *TINY, "--checkpoint-replay", "always")
-    new, both = run_and_replay(study, *TINY, "--replay-from", old, "--seed", 2)
+    acted, act = [], study.act
+    at = TINY.index("--learning-starts")
+    flags = TINY[:at] + TINY[at + 2 :]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "act", lambda *values: acted.append(values[2]) or act(*values))
+        new, both = run_and_replay(study, *flags, "--replay-from", old, "--seed", 2)
     assert both["num_added"] == 280 and torch.equal(both["rows"][:140], replay["rows"])
     assert checkpoint(new)["gradient_steps"] == 140  # from the first step on
+    assert sum(rng is not None for rng in acted) == 140  # no random actions
+    # Its checkpoint has no replay: more steps are learned from only after a refill
+    run("--resume", new, "--total-timesteps", 10_000 + 150, "--eval-every", 10**6)
+    assert checkpoint(new)["gradient_steps"] == 140 + 10
+
+
+@pytest.mark.parametrize("flags", [["--buffer-size", 50, "--replay-ratio", 2], ["--method", "reset"]], ids=str)
+def test_other_runs_resume_bit_for_bit_too(flags):
+    """A ring that has wrapped; resets."""
+    flags = [*TINY, "--checkpoint-every", 15, *flags]
+    whole, replay = run_and_replay(study, *flags)
+    part = killed_run(study, 120, *flags)
+    _, resumed = run_and_replay(study, "--resume", part)
+    assert_same(checkpoint(whole), checkpoint(part))
+    assert_same(replay, resumed)
 
 
 def test_a_film(tmp_path):
@@ -296,7 +344,10 @@ def test_a_run_learns():
     ("--method sac --redo-tau 0.1", "--redo-tau 0.1: does nothing without --method redo or prune"),
     ("--replay-ratio 0", "--replay-ratio 0: must lie between 1"),
     ("--total-timesteps 40", "--total-timesteps 40: must be more than --learning-starts 40"),
-    ("--replay-from nowhere", "--replay-from nowhere: has no replay that fits"),
+    ("--replay-from nowhere --learning-starts 10000", "--replay-from nowhere: has no replay that fits"),
+    ("--replay-from nowhere", "--learning-starts 40: does nothing with --replay-from"),
+    ("--redo-period-gradient-steps 101", "--redo-period-gradient-steps 101: is longer than the run, which has 100"),
+    ("--method reset --reset-period-gradient-steps 101", "--reset-period-gradient-steps 101: is longer than the run"),
     ("--width 60 --buffer-size 1000000000000 --total-timesteps 1000000000000", "the run needs about"),
     ("--resume nowhere", "--resume nowhere: is not the folder of a run"),
 ])  # fmt: skip
@@ -309,10 +360,12 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
 
 
 def test_a_replay_of_another_environment_is_refused(capsys):
-    old = run(*TINY, "--checkpoint-replay", "always")
-    with pytest.raises(SystemExit):
-        run(*TINY, "--env-id", "Hopper-v5", "--replay-from", old)
-    assert "it is one of another environment" in capsys.readouterr().err
+    """Of the same sizes, too."""
+    old = run(*TINY, "--env-id", "HalfCheetah-v5", "--checkpoint-replay", "always")
+    for env_id in ("Hopper-v5", "Walker2d-v5"):
+        with pytest.raises(SystemExit):
+            run("--env-id", env_id, "--total-timesteps", 140, "--redo-period-gradient-steps", 9, "--replay-from", old)
+        assert "it is empty, or one of HalfCheetah-v5" in capsys.readouterr().err
 
 
 def test_a_copy_in_an_empty_folder_runs():

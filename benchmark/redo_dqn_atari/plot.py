@@ -33,7 +33,7 @@ from plotting import (
 RETURN, RANK = "eval/episodic_return", "feature_rank/dense"
 TD_LOSS, Q_CHANGE, ALIVE = "losses/td", "events/redo_q_change", "events/alive"
 DORMANT = "dormant_ratio_tau{}/all"
-DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/critic1"
+DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/critics"
 NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
 LABELS = {RETURN: "return", RANK: "feature rank, dense", TD_LOSS: "TD loss", ALIVE: "neurons not pruned",
           Q_CHANGE: "largest change of a q-value by recycling"}  # fmt: skip

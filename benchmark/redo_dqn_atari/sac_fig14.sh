@@ -4,9 +4,9 @@
 # HalfCheetah 11500, 11200, 10300, 10550; dormant at tau 0 on Ant about 10% of the policy and 17% of the critics.
 # SCALE=small, for two cores: Ant, 200,000 steps, 3 seeds, 5 episodes per evaluation; as the runs are shorter, ReDo acts every
 # 20,000 gradient steps and resets come every 50,000. Expected there, and written down before the runs: at the end 2 to 15%
-# of SAC's policy and critics are dormant at tau 0, with a spread over seeds of 3 points; after each recycling the critics'
-# share is lower with ReDo, by half, but not where the neurons fall dormant again within a thousand steps; returns differ
-# by less than the spread between seeds, but for resets, which are lower (by a third).
+# of SAC's policy and critics are dormant at tau 0, with a spread over seeds of 3 points; at the last look, which follows a
+# recycling by at most an episode, half as many of the critics' with ReDo; returns differ by less than the spread between
+# seeds, but for resets, which are lower (by a third).
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
