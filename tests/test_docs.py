@@ -22,6 +22,22 @@ def test_every_snippet_runs(capsys):
     assert namespace["loss"].isfinite() and "actor.trunk.head.weight" in namespace["weights"]
 
 
+LESSONS = sorted((ROOT / "docs/lessons").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
+def test_a_lesson_quotes_the_scripts_as_they_stand(page):
+    """Every function word for word, every test by its name."""
+    text = page.read_text()
+    scripts = [script.read_text() for script in ROOT.glob("*.py")]
+    fences = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert fences and all(any(fence in script for script in scripts) for fence in fences)
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+    names = re.findall(r"`(test_\w+)`", text)
+    assert len(names) >= 4 and all(f"def {name}(" in tests for name in names)
+    assert len(re.findall(r"^\d\. ", text, re.M)) == 3  # exercises
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_in_backticks_exist(page):
     """Files and functions() that a page names in backticks."""
