@@ -21,7 +21,7 @@ STATES = ("oldest", "replay", "newest", "noise")
 ARMS = {
     "bootstrapped": ("bootstrapped targets", "C0"), "random": ("fixed random targets", "C1"),
     "monte-carlo": ("Monte-Carlo returns", "C2"), "old": ("old network", "C0"), "new": ("new network", "C1"),
-    "old-adam": ("old network, its Adam", "C2"),
+    "old-adam": ("old network, its Adam", "C2"), "old-rr0.25": ("old network, replay ratio 0.25", "C4"),
 }  # fmt: skip
 # The paper's numbers at its end, DemonAttack
 PAPER = {
