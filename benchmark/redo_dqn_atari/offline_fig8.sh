@@ -19,7 +19,7 @@ for seed in $seeds; do
   sweep studies/redo_offline.py redo_fig8 - "$seed" --targets teacher --replay "$(old_run redo-rr1 "$seed")" $flags < <(
     echo "new"
     echo "old --student $(old_run $old "$seed")"
-    echo "old-rr0.25 --student $(old_run rr0.25 "$seed")" # added when fig7_cpu.sh had shown that this one has most dormant neurons
+    echo "old-rr0.25 --student $(old_run rr0.25 "$seed")" # added when fig7_cpu.sh had shown that it has most dormant neurons
     echo "old-adam --student $(old_run $old "$seed") --keep-adam"
   )
 done
