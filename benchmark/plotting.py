@@ -33,8 +33,8 @@ def load_module(path: str):
 
 
 # The same in every picture
-BASELINES = ("plain", "drqv2", "dqn", "sac", "drq", "static0.5")
-METHODS = ("augmentation", "drm", "redo", "adaptive")
+BASELINES = ("plain", "drqv2", "dqn", "sac", "drq", "rr0.25", "static0.5")
+METHODS = ("augmentation", "drm", "redo", "redo-rr1", "adaptive")
 
 
 def colours(arms) -> dict:

@@ -750,7 +750,10 @@ def train(args: Args) -> Path:
 
             # Raise the replay ratio when the FAU has settled
             if global_step % args.rr_check_every == 0 and (average := interval_fau.take()) is not None:
-                events |= {"adaptive_rr/fau": average, "adaptive_rr/difference": detector.end_episode(average)}
+                difference = detector.end_episode(average)
+                events["adaptive_rr/fau"] = average
+                if math.isfinite(difference):  # the first interval has nothing to compare with
+                    events["adaptive_rr/difference"] = difference
 
             # Log: a game may last 27,000 steps
             run.log(global_step, events)

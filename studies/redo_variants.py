@@ -146,9 +146,7 @@ class Args(RunArgs):
     redo_batch_size: Count = 64  # states that the scores are taken over for recycling or pruning
     redo_adam: Literal["none", "moments", "moments+tensor-step", "per-element"] = "moments"  # what Adam forgets then
     redo_compat_flatten: bool = False  # zero the same wrong weights after the last convolution as the official code
-    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = (
-        None  # from here on nothing is recycled, pruned, reset
-    )
+    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # from here on nothing is done any more
 
     # Evaluation and logging
     eval_steps: Count = 125_000  # steps of an evaluation; every game that was begun is finished

@@ -174,7 +174,7 @@ def curves(runs, out, tags, papers=(), against_gradient_steps=False) -> None:
             paper = paper.get(env_id, paper if len(games) == 1 else None) if paper else None
             axis = axes[row * len(tags) + column]
             rows += draw_curves(axis, members, tag, paper, against_gradient_steps)
-    save(figure, rows, out, NOTE)
+    save(figure, rows, out, NOTE if papers else NOTE.partition(" Stars")[0])
 
 
 def headline(runs, out, paper, tag=None, tag_paper=None, env_id="ALE/DemonAttack-v5") -> None:
