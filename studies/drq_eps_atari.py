@@ -111,7 +111,6 @@ class Args(RunArgs):
     checkpoint_every: Count = 40_000  # steps between checkpoints, at the next end of an episode; one more at the end
 
     # Environment
-    sticky_actions: Share = 0.0  # probability, each frame, that the emulator repeats the previous action
     noop_max: Annotated[int, (0, 27_000)] = 30  # an episode starts with up to this many no-op frames
     terminal_on_life_loss: bool = True  # a lost life ends the episode for the learner (the game goes on)
     max_episode_steps: Annotated[int, (1, 27_000)] = 27_000  # time limit in steps; counts as truncation
@@ -125,7 +124,6 @@ class Args(RunArgs):
     gamma: Share = 0.99  # discount per step
     learning_rate: NonNegative = 1e-4  # Adam's
     adam_eps: NonNegative = 1.5e-4  # Adam's epsilon
-    target_network_frequency: Count = 1  # steps between copies to the target network
     exploration_steps: Count = 5000  # length in steps of the linear decay of the exploration, from 1 to end_e
     end_e: Share = 0.01  # probability of a random action after the decay
     shift_pad: Annotated[int, (0, 40)] = 4  # images are moved by up to this many pixels
@@ -134,8 +132,7 @@ class Args(RunArgs):
     # Network
     width: Annotated[float, (0.01, 64)] = 1.0  # multiplies the channels and hidden units
     padding: Literal["same", "valid"] = "same"  # of the convolutions
-    activation: Literal["relu", "leaky_relu"] = "relu"  # leaky_relu: slope 0.01
-    init: Literal["xavier", "torch"] = "xavier"  # uniform weights and zero biases, or PyTorch's default
+    activation, init = "relu", "xavier"  # what `NatureCNN` wants to know; no flags
 
     # Dormant neurons, replay ratio
     method: Literal["redo", "drq", "adaptive"] = "redo"  # recycle, do nothing, or raise the replay ratio
@@ -188,7 +185,7 @@ def make_envs(args, num_envs: int, **options):
 
     gymnasium.register_envs(ale_py)
     return gymnasium.make_vec(
-        args.env_id, num_envs, repeat_action_probability=args.sticky_actions, noop_max=args.noop_max,
+        args.env_id, num_envs, repeat_action_probability=0.0, noop_max=args.noop_max,
         use_fire_reset=False, max_num_frames_per_episode=ACTION_REPEAT * args.max_episode_steps,
         reward_clipping=False, episodic_life=False, num_threads=min(num_envs, os.cpu_count()), **options,
     )  # fmt: skip
@@ -735,7 +732,7 @@ def train(args: Args) -> Path:
                 gradient_steps += 1
                 events |= recycle_dormant(q_network, optimizer, replay, gradient_steps, args, redo_rng, device)
                 interval_fau.add(metrics["fau/q_network"])
-            if learning and global_step % args.target_network_frequency == 0:
+            if learning:
                 agent.update_target()
 
             # Observe
@@ -750,10 +747,8 @@ def train(args: Args) -> Path:
 
             # Raise the replay ratio when the FAU has settled
             if global_step % args.rr_check_every == 0 and (average := interval_fau.take()) is not None:
-                difference = detector.end_episode(average)
+                detector.end_episode(average)
                 events["adaptive_rr/fau"] = average
-                if math.isfinite(difference):  # the first interval has nothing to compare with
-                    events["adaptive_rr/difference"] = difference
 
             # Log: a game may last 27,000 steps
             run.log(global_step, events)

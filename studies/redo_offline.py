@@ -378,38 +378,38 @@ def fix_targets(replay: FrameReplay, targets: torch.Tensor) -> None:
 
 
 # === Learning =========================================================================================================
-def update(agent, optimizer, args, batch: tuple) -> dict:
-    """One gradient step on a batch from `FrameReplay.sample` -> metrics, detached, on the device."""
-    obs, action, reward, discount, next_obs = batch
-    bfloat16 = args.precision == "bfloat16"
-    autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
-        next_q, _ = agent.target_network(next_obs)
-        target = reward + discount * next_q.max(1).values
-    with autocast():
-        q_values, _ = agent.q_network(obs)
-    q = q_values.gather(1, action[:, None])[:, 0]
+def regress(q, target, optimizer, args) -> dict:
+    """One gradient step that draws q towards the targets, of the same shape -> metrics, detached, on the device."""
     loss = F.smooth_l1_loss(q, target) if args.loss == "huber" else F.mse_loss(q, target)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return {"losses/td": loss.detach(), "losses/q_values": q.detach().mean(), "losses/targets": target.mean()}
+
+
+def autocast(args, device):
+    """Each network runs in a region of its own: weights that are cast without a gradient would stay so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
+
+
+def update(agent, optimizer, args, batch: tuple) -> dict:
+    """DQN: one gradient step on a batch from `FrameReplay.sample` -> metrics."""
+    obs, action, reward, discount, next_obs = batch
+    with torch.no_grad(), autocast(args, obs.device):
+        next_q, _ = agent.target_network(next_obs)
+    with autocast(args, obs.device):
+        q_values, _ = agent.q_network(obs)
+    return regress(q_values.gather(1, action[:, None])[:, 0], reward + discount * next_q.max(1).values, optimizer, args)
 
 
 def distill(q_network, teacher, optimizer, args, batch: tuple) -> dict:
-    """One gradient step towards all of the teacher's q-values on a batch's states (Fig. 8) -> metrics, as `update`."""
+    """One gradient step towards all of the teacher's q-values on a batch's states (Fig. 8) -> metrics."""
     obs = batch[0]
-    bfloat16 = args.precision == "bfloat16"
-    autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    with torch.no_grad(), autocast():
+    with torch.no_grad(), autocast(args, obs.device):
         target, _ = teacher(obs)
-    with autocast():
-        q, _ = q_network(obs)
-    loss = F.smooth_l1_loss(q, target) if args.loss == "huber" else F.mse_loss(q, target)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return {"losses/td": loss.detach(), "losses/q_values": q.detach().mean(), "losses/targets": target.mean()}
+    with autocast(args, obs.device):
+        q_values, _ = q_network(obs)
+    return regress(q_values, target, optimizer, args)
 
 
 def look_states(replay: FrameReplay, count: int, generator, device) -> dict:
