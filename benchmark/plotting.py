@@ -34,7 +34,7 @@ def load_module(path: str):
 
 # The same in every picture
 BASELINES = ("plain", "drqv2", "dqn", "sac", "drq", "rr0.25", "static0.5")
-METHODS = ("augmentation", "drm", "redo", "redo-rr1", "adaptive")
+METHODS = ("augmentation", "drm", "redo", "redo-rr1", "new", "adaptive")
 
 
 def colours(arms) -> dict:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Figs. 15 and 25: which neurons are recycled, when it is a tenth of every layer at first and none at gradient step 2.5M;
-# replay ratio 1. threshold is ReDo itself.
+# replay ratio 1. redo is ReDo itself, by a threshold.
 # Expect, at paper scale, DemonAttack and Asterix: return 3500 and 2200 with the least active neurons, 500 with random ones,
 # 0 and 500 with the most active ones; the least useful ones (cbp) as good as the least active ones or worse.
 # SCALE=small is for two cores: RoadRunner, a quarter of the width, 20,000 steps (14,996 gradient steps, so the share stays
@@ -19,7 +19,7 @@ case $SCALE in
     --log-every 100" ;;
 esac
 sweep studies/redo_variants.py redo_fig15 "$envs" "$seeds" $flags --replay-ratio 1 < <(
-  echo "threshold"
+  echo "redo"
   for selection in least random most cbp; do echo "$selection --redo-selection $selection"; done
 )
 draw benchmark/redo_dqn_atari/plot.py fig15 --runs "redo_fig15-$SCALE-*"

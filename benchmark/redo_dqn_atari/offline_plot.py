@@ -74,7 +74,11 @@ def draw_states(axis, arms) -> list:
                 rows.append(dict(arm=name, tag=BY_STATES + states, seeds=len(runs), gradient_steps=int(steps[point]),
                                  mean=mean, low=low, high=high, paper=None))  # fmt: skip
     axis.set_xticks(np.arange(len(STATES)), STATES)
-    axis.set(xlabel="states looked at", ylabel="dormant (tau 0); light: at the start", title="by input distribution")
+    axis.set(
+        xlabel="states looked at",
+        ylabel="dormant neurons (tau = 0)",
+        title="by input distribution; light: at the start",
+    )
     return rows
 
 

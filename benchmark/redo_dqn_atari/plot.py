@@ -36,7 +36,7 @@ DORMANT = "dormant_ratio_tau{}/all"
 DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/critics"
 NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
 LABELS = {RETURN: "return", RANK: "feature rank, dense", TD_LOSS: "TD loss", ALIVE: "neurons not pruned",
-          Q_CHANGE: "largest change of a q-value by recycling"}  # fmt: skip
+          Q_CHANGE: "q-change by recycling"}  # fmt: skip
 PREFIXES = {"dormant_ratio_tau": "dormant neurons, tau ", "overlap_": "overlap, "}
 
 # Scores of a random policy and of a human; first the paper's 17 games

@@ -10,7 +10,7 @@ sac_tiers Ant-v5
 flags="$flags --method sac"
 sweep studies/redo_sac.py redo_sac9 "$envs" "$seeds" $flags < <(
   echo "rr9 --replay-ratio 9 --checkpoint-replay always"
-  echo "rr1 --replay-ratio 1"
+  echo "sac --replay-ratio 1"
 )
 wait
 for seed in $seeds; do
