@@ -50,8 +50,8 @@ Differences from the official code (wang-kevin3290/scaling-crl), and the reasons
     log(1 - a^2 + 1e-6), which errs there and loses its gradient.
 11. Accuracy and logits are logged; officially, these are zeros. The flags `*_skip_connections` have no effect there.
 Kept as in the official code: the state after an episode's last action is not stored, so it is never a goal.
-Not in this file: arm tasks, collector and learner of different depth, other energies, quasimetric heads, acting by the
-best of K samples, the SAC / TD3 / HER / GCBC baselines.
+Not in this file: collector and learner of different depth (studies/crl_collector.py), GCBC, GCSL, SAC and HER
+(studies/crl_baselines.py), arm tasks, other energies, quasimetric heads, acting by the best of K samples, TD3.
 Your own maze: a line in MAZES. Your own robot: a line in ROBOTS, or a class with the interface of `MujocoEnvs`. Your
 own idea: loss, `contrastive_loss`; goals, `future_offset`; networks, `ResidualBlock`; what learns, `adam_optimizers`.
 What is saved: `parts` and counters in `train`, between training steps. Ctrl-C finishes the current one (on a CPU, this

@@ -230,8 +230,8 @@ class MLP(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        first = F.relu(self.hidden1(x))
-        second = F.relu(self.hidden2(first))
+        first = F.relu(self.hidden1(x), inplace=True)
+        second = F.relu(self.hidden2(first), inplace=True)
         return self.head(second), dict(hidden1=first, hidden2=second)
 
     def recyclable(self) -> list:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import helpers
@@ -189,6 +190,24 @@ def test_bars_are_the_last_returns():
     first = read_csv("out.csv")[0]
     assert (first["arm"], first["tag"], float(first["mean"])) == ("layer-norm", "last return", 200)
     assert Path("out.png").stat().st_size > 10_000
+
+
+def test_last_returns_by_task():
+    """The mean of the tasks' ratios; a task with one arm alone, or nothing without augmentation, has none."""
+    for task, name, value in (("cheetah-run", "augmentation", 300.0), ("cheetah-run", "plain", 100.0),
+                              ("walker-run", "augmentation", 50.0), ("walker-run", "plain", 50.0),
+                              ("hopper-hop", "augmentation", 10.0), ("hopper-hop", "plain", 0.0),
+                              ("hopper-stand", "plain", 7.0)):  # fmt: skip
+        pixel_run(name, 1, [0.0, value], task, "eval/episodic_return")
+    runs = plotting.load_runs("drqv2-small-*")
+    with unittest.mock.patch.object(plot_drq, "save", wraps=plot_drq.save) as saved:
+        plot_drq.tasks(runs, ["augmentation", "plain"], "out")
+    (axis,) = saved.call_args.args[0].axes
+    assert axis.get_title() == "mean ratio 2.00, with augmentation / no augmentation"
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == ["cheetah-run  x 3.0", "hopper-hop", "hopper-stand", "walker-run  x 1.0"]
+    last = {(row["env_id"], row["arm"]): float(row["mean"]) for row in read_csv("out.csv")}
+    assert last[("dm_control/cheetah-run-v0", "augmentation")] == 300 and len(last) == 7
 
 
 def write_scalars(folder, **series):

@@ -12,7 +12,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import POINT, assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run
+from helpers import POINT, assert_golden, assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run
 
 import crl_deep as crl
 
@@ -96,9 +96,7 @@ def test_evaluations_and_checkpoints_between_training_steps():
 
 def test_a_golden_run():
     """Losses stored on 2026-11-24 from a run that was bit-identical to the script's first version."""
-    logged = scalars(run("--env-id", "ant_u4_maze", *POINT, "--depth", 8))
-    for tag, values in GOLDEN.items():
-        assert {step: logged[tag][step] for step in values} == pytest.approx(values, rel=1e-4), tag
+    assert_golden(scalars(run("--env-id", "ant_u4_maze", *POINT, "--depth", 8)), GOLDEN)
 
 
 # --- determinism and resume -------------------------------------------------------------------------------------------

@@ -13,7 +13,16 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import PIXELS, SerialEnvironments, assert_same, checkpoint, killed_run, run_and_replay, scalars
+from helpers import (
+    PIXELS,
+    SerialEnvironments,
+    assert_golden,
+    assert_same,
+    checkpoint,
+    killed_run,
+    run_and_replay,
+    scalars,
+)
 
 import drqv2_plasticity as drq
 
@@ -91,9 +100,7 @@ def test_a_run_through_the_command_line(tmp_path):
 
 def test_a_golden_run(serial):
     """Losses after 200 steps, stored on 2026-11-24 from the first version of the script."""
-    logged = scalars(run(*PIXELS, "--env-id", "pixel_env:Dot64-v0", "--total-timesteps", 200))
-    for tag, values in GOLDEN.items():
-        assert {step: logged[tag][step] for step in values} == pytest.approx(values, rel=1e-4), tag
+    assert_golden(scalars(run(*PIXELS, "--env-id", "pixel_env:Dot64-v0", "--total-timesteps", 200)), GOLDEN)
 
 
 def test_a_real_task():

@@ -78,7 +78,8 @@ def test_the_housekeeping_is_the_same_text():
 LENGTHS = {
     "adaptive_rr": (590, 357), "drqv2_plasticity": (805, 379), "redo_dqn_atari": (685, 331),
     "redo_variants": (662, 345), "redo_sac": (600, 341), "drq_eps_atari": (642, 341), "drm": (695, 379),
-    "crl_deep": (840, 341),
+    "crl_deep": (840, 341), "drqv2_frozen_encoder": (600, 357),
+    "crl_collector": (600 + 240, 341), "crl_baselines": (600 + 240, 345),  # with the environments of crl_deep
 }  # fmt: skip
 
 

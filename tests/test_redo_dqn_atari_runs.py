@@ -12,7 +12,16 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from helpers import ATARI, ATARI_DQN, assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run
+from helpers import (
+    ATARI,
+    ATARI_DQN,
+    assert_same,
+    checkpoint,
+    killed_run,
+    run_and_replay,
+    scalars,
+    stopped_run,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_redo_dqn_atari import FakeGames
 

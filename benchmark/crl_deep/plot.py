@@ -2,11 +2,12 @@
 
     python benchmark/crl_deep/plot.py fig1 --runs "fig1-smoke-*" --out runs/figures/fig1
 
-FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig9, fig10, fig11, fig12, fig16, fig17 or table2. Each
-is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of the last five
-evaluations. Bands are 95% bootstrap confidence intervals over seeds. Stars are the paper's numbers, at its own number
-of steps and on Brax's physics, which is not the one simulated here; the arm panels of the paper are omitted. What
-quickstart, fig9, fig10 and fig17 show is computed from the run's checkpoint.pt: its last evaluation is played again.
+FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig8, fig9, fig10, fig11, fig12, fig13, fig16, fig17 or
+table2. Each is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of
+the last five evaluations. Bands are 95% bootstrap confidence intervals over seeds. Stars are the paper's numbers, at
+its own number of steps and on Brax's physics, which is not the one simulated here; the arm panels of the paper are
+omitted. What quickstart, fig9, fig10 and fig17 show is computed from the run's checkpoint.pt: its last evaluation is
+played again.
 """
 
 import argparse
@@ -57,8 +58,16 @@ PAPER_FIG12 = {
 }
 
 
+METHODS = {"crl": "contrastive RL", "gcbc": "GCBC", "gcsl": "GCSL", "sac": "SAC", "sac-her": "SAC + HER"}
+PALETTE = {"contrastive RL": "C1", "SAC + HER": "C0", "GCBC": "C2", "GCSL": "C3", "SAC": "C4"}
+
+
 def depth_of(run) -> int:
-    return run.args["critic_depth"]
+    return run.args.get("critic_depth", run.args["depth"])
+
+
+def method_of(run) -> str:
+    return METHODS[run.args.get("method", "crl")]
 
 
 def final(runs, tag=SCORE) -> tuple:
@@ -92,6 +101,29 @@ def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal") -> None:
     save(figure, rows, out, NOTE if paper else BANDS)
 
 
+def collectors(runs, out) -> None:
+    """Fig. 8: a panel per environment and depth of the collector, a curve for it and for each learner."""
+    panes = group(runs, lambda run: (run.args["env_id"], run.args["collector_depth"]))
+    figure, axes = panels(len(panes))
+    rows = []
+    for axis, ((env_id, depth), seeds) in zip(axes, panes.items()):
+        for name, color in (("collector", "0.6"), ("shallow", "C0"), ("deep", "C1")):
+            steps, values = aligned(seeds, f"eval/time_at_goal/{name}")
+            mean, low, high = mean_and_band(values)
+            label = name if name == "collector" else f"{name} learner, depth {seeds[0].args[name]}"
+            axis.plot(steps / 1e6, mean, color=color, label=label)
+            axis.fill_between(steps / 1e6, low, high, color=color, alpha=0.2, linewidth=0)
+            rows += [
+                dict(env_id=env_id, collector_depth=depth, agent=name, seeds=len(seeds), step=int(s), mean=m, low=lo,
+                     high=hi)
+                for s, m, lo, hi in zip(steps, mean, low, high)
+            ]  # fmt: skip
+        axis.set(title=f"{env_id}, {seeds_text([seeds])}\ncollector of depth {depth}",
+                 xlabel="million environment steps", ylabel="steps at the goal")  # fmt: skip
+        axis.legend(frameon=False, fontsize=7)
+    save(figure, rows, out, BANDS)
+
+
 def finals(runs, out, x, series, xlabel, paper=None) -> None:
     """Final score over x(run), a line per series(run), a panel per environment. paper: env -> series -> {x: score}."""
     environments = group(runs, lambda run: run.args["env_id"])
@@ -102,10 +134,11 @@ def finals(runs, out, x, series, xlabel, paper=None) -> None:
             points = group(members, x)
             scores = np.array([final(seeds)[:3] for seeds in points.values()])
             steps = [final(seeds)[3] for seeds in points.values()]
-            axis.plot(list(points), scores[:, 0], "o-", color=f"C{i}", label=name)
-            axis.fill_between(list(points), scores[:, 1], scores[:, 2], color=f"C{i}", alpha=0.2, linewidth=0)
+            color = PALETTE.get(name, f"C{i}")
+            axis.plot(list(points), scores[:, 0], "o-", color=color, label=name)
+            axis.errorbar(list(points), scores[:, 0], abs(scores[:, 1:] - scores[:, :1]).T, color=color, alpha=0.5)
             known = (paper or {}).get(env_id, {}).get(name, {})
-            axis.plot(list(known), list(known.values()), "*", color=f"C{i}", ms=9)
+            axis.plot(list(known), list(known.values()), "*", color=color, ms=9)
             rows += [
                 dict(env_id=env_id, series=name, x=value, seeds=len(seeds), step=int(step), mean=m, low=lo, high=hi,
                      paper=known.get(value))
@@ -117,7 +150,7 @@ def finals(runs, out, x, series, xlabel, paper=None) -> None:
         title = f"{env_id}\n{seeds_text(group(env_runs, lambda run: run.args['exp_name']).values())}"
         axis.set(title=title, xlabel=xlabel, ylabel="final steps at the goal")
         axis.legend(frameon=False, fontsize=7)
-    save(figure, rows, out, NOTE)
+    save(figure, rows, out, NOTE if paper else BANDS)
 
 
 def parameters(run) -> float:
@@ -311,6 +344,7 @@ def main() -> None:
             runs, out, lambda run: run.args["batch_size"], lambda run: f"depth {depth_of(run)}", "batch size",
             {"humanoid": PAPER_FIG7},
         ),
+        "fig8": collectors,
         "fig9": value_maps,
         "fig10": embeddings,
         "fig11": lambda runs, out: curves(runs, out, {"ant_u_maze_gen_1f2f3f": PAPER_FIG11}),
@@ -318,6 +352,7 @@ def main() -> None:
             runs, out, depth_of, lambda run: "actor depth capped", "critic depth",
             {env: {"actor depth capped": scores} for env, scores in PAPER_FIG12.items()},
         ),
+        "fig13": lambda runs, out: finals(runs, out, depth_of, method_of, "depth"),
         "fig16": lambda runs, out: finals(runs, out, depth_of, variant, "depth"),
         "fig17": residual_norms,
         "table2": steps_to_score,

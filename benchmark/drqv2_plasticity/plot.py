@@ -4,8 +4,8 @@
         --arms augmentation plain --tags return fau/critic --out runs/figures/fig3
 
 KIND is curves (a row of panels per task, a column per tag, a line per arm), bars (the last returns, and the curves of
-the first task beside them) or seeds (curves with a line per seed). A tag is "return" (of evaluations) or one of
-the logs. An arm is the end of an --exp-name. Bands are 95%
+the first task beside them), tasks (the last returns of two arms on each task) or seeds (curves with a line per seed).
+A tag is "return" (of evaluations) or one of the logs. An arm is the end of an --exp-name. Bands are 95%
 bootstrap intervals over seeds; stars are values read from the paper's figures, dotted lines resets, perturbations and
 injections. Each figure is written as PNG with the CSV behind it; --csv draws curves from such a CSV instead of runs.
 """
@@ -14,6 +14,8 @@ import argparse
 import re
 import sys
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import aligned, colours, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
@@ -182,6 +184,42 @@ def all_rows(runs, tags, every_seed=False) -> list:
     return [row for members in tasks for tag in tags for row in rows_of(members, tag, every_seed)]
 
 
+def last_return(seeds) -> dict:
+    """The last evaluation of runs of one arm on one task, as a row of the CSV."""
+    frames, values = aligned(seeds, full_tag("return"))
+    mean, low, high = (line[-1] for line in mean_and_band(values))
+    about = dict(env_id=seeds[0].args["env_id"], arm=arm(seeds[0]), tag="last return", seeds=len(seeds), seed="")
+    return about | dict(frames=int(frames[-1]), mean=mean, low=low, high=high)
+
+
+def draw_bar(axis, row, place, arms, height) -> None:
+    error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+    axis.barh(place, row["mean"], height, xerr=error, color=colours(arms)[row["arm"]], label=name_of(row["arm"]))
+
+
+def tasks(runs, arms, out) -> None:
+    """The last returns of two arms, side by side on each task; the title has the mean of their ratios."""
+    figure, (axis,) = panels(1, width=6, height=1 + 0.4 * len({run.args["env_id"] for run in runs}))
+    rows, ratios, names = [], [], []
+    for place, (env_id, members) in enumerate(group(runs, lambda run: run.args["env_id"]).items()):
+        pair = {name: last_return(seeds) for name, seeds in group(members, arm).items()}
+        for i, name in enumerate(name for name in arms if name in pair):
+            draw_bar(axis, pair[name], place + 0.4 * i - 0.2, arms, 0.4)
+        rows += pair.values()
+        names.append(env_id.removeprefix("dm_control/").removesuffix("-v0"))
+        if len(pair) == 2 and pair[arms[1]]["mean"] > 0:
+            ratios.append(pair[arms[0]]["mean"] / pair[arms[1]]["mean"])
+            names[-1] += f"  x {ratios[-1]:.1f}"
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    mean = f"mean ratio {np.mean(ratios):.2f}" if ratios else "no ratio"
+    axis.set(title=f"{mean}, {name_of(arms[0])} / {name_of(arms[1])}", xlabel="last return")
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    axis.legend(unique.values(), unique.keys(), frameon=False, fontsize=7)
+    save(figure, rows, out, "Bars: evaluations at the end. Lines: 95% bootstrap intervals over seeds.")
+
+
 def bars(runs, arms, tags, out) -> None:
     """Fig. 2: the last return of each arm on the first task, then its curves (Appendix B.3)."""
     runs = group(runs, lambda run: run.args["env_id"])
@@ -189,14 +227,11 @@ def bars(runs, arms, tags, out) -> None:
     figure, axes = panels(1 + len(tags), columns=5)
     rows = []
     for name, seeds in group(runs, arm).items():
-        frames, values = aligned(seeds, full_tag("return"))
-        mean, low, high = (line[-1] for line in mean_and_band(values))
+        rows.append(last_return(seeds))
         place = arms.index(name)
-        axes[0].barh(place, mean, xerr=[[mean - low], [high - mean]], color=colours(arms)[name])
+        draw_bar(axes[0], rows[-1], place, arms, 0.8)
         paper = PAPER.get((env_id, "return", name), [])[-1:]
         axes[0].plot([y for _, y in paper], [place] * len(paper), "k*", ms=7)
-        rows.append(dict(env_id=env_id, arm=name, tag="last return", seeds=len(seeds), seed="", frames=int(frames[-1]),
-                         mean=mean, low=low, high=high))  # fmt: skip
     axes[0].set_yticks(range(len(arms)), [name_of(name) for name in arms])
     axes[0].invert_yaxis()
     axes[0].set(
@@ -212,7 +247,7 @@ def bars(runs, arms, tags, out) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("curves", "bars", "seeds"))
+    parser.add_argument("kind", choices=("curves", "bars", "tasks", "seeds"))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--runs", help="a shell pattern of --exp-name")
     source.add_argument("--csv", help="a CSV of curves to draw again")
@@ -230,6 +265,8 @@ def main() -> None:
     runs = select(load_runs(a.runs, a.folder), a.envs, a.arms)
     if a.kind == "bars":
         bars(runs, a.arms, a.tags, a.out)
+    elif a.kind == "tasks":
+        tasks(runs, a.arms, a.out)
     else:
         curves(all_rows(runs, a.tags, a.kind == "seeds"), a.arms, a.out)
 

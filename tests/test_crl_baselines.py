@@ -1,0 +1,224 @@
+"""studies/crl_baselines.py: which transitions are drawn, their goals and rewards, the losses by hand, whole runs."""
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import POINT, assert_new_outcome, assert_same, checkpoint, killed_run, scalars
+
+import crl_baselines as base
+
+METHODS = ["gcbc", "gcsl", "sac", "sac-her"]
+TINY = [*POINT, "--env-id", "point_room"]
+
+
+def run(*flags):
+    return helpers.run(base, *flags)
+
+
+def filled_replay(capacity=40, steps=57, num_envs=3, seed=0):
+    """Episodes of 2 to 9 steps, a third of them ending with a fall; state, goal and achieved say when and where."""
+    rng = np.random.default_rng(seed)
+    replay = base.GoalReplay(capacity, num_envs, 4, 2, 2, torch.device("cpu"))
+    episode, left = np.zeros(num_envs, int), rng.integers(2, 10, num_envs)
+    for t in range(steps):
+        left -= 1
+        ends = left == 0
+        fallen = ends & (rng.random(num_envs) < 0.3)
+        state = np.stack([np.full(num_envs, t), np.arange(num_envs), episode, left], 1)
+        achieved = np.stack([np.full(num_envs, t + 1), np.arange(num_envs)], 1)
+        replay.add(state, state[:, :2] / 100, np.stack([episode, -episode], 1) + 1000, episode, achieved, fallen)
+        episode = episode + ends
+        left = np.where(ends, rng.integers(2, 10, num_envs), left)
+    return replay
+
+
+def args_of(method, *flags):
+    return base.parse_args([*TINY, "--method", method, *map(str, flags)])
+
+
+# --- which transitions, and their goals -------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(3))
+def test_anchors_have_a_next_state_and_know_their_episodes_end(seed):
+    torch.manual_seed(seed)
+    replay, window = filled_replay(seed=seed), 12
+    seen = set()
+    for _ in range(20):
+        time_index, env, last_time, ended = (x.flatten() for x in replay.sample(2, 20, window))
+        state, last = replay.state[time_index, env], replay.state[last_time, env]
+        next_state = replay.state[(time_index + 1) % replay.capacity, env]
+        assert torch.equal(state[:, 1:3], last[:, 1:3])  # of one environment and episode
+        left, steps = state[:, 3], last[:, 0] - state[:, 0]
+        assert (steps >= 0).all() and (steps < window).all()
+        assert (last[ended][:, 3] == 0).all()
+        fallen = replay.fallen[time_index, env]
+        assert ((left > 0) | fallen).all()
+        inside = left > 0
+        assert torch.equal(next_state[inside][:, 0], state[inside][:, 0] + 1)
+        assert torch.equal(next_state[inside][:, 2], state[inside][:, 2])
+        seen |= {(bool(e), bool(f), bool(n > 0)) for e, f, n in zip(ended, fallen, steps)}
+        drawn = list(zip(time_index.tolist(), env.tolist()))
+        assert max(map(drawn.count, drawn)) <= 4  # once a window; there are two or three windows an environment
+    assert {(True, False, True), (True, True, False), (False, False, True)} <= seen
+
+
+def test_an_end_that_is_in_sight_is_known():
+    """Only where the episode goes on behind its window, or ends with the window, it is not."""
+    torch.manual_seed(0)
+    replay = filled_replay()
+    time_index, env, last_time, ended = (x.flatten() for x in replay.sample(4, 25, 12))
+    assert (replay.state[last_time, env][ended, 3] == 0).all()
+    assert ended.float().mean() > 0.5 and not ended.all()
+
+
+def test_her_goals_by_hand():
+    torch.manual_seed(0)
+    replay, args = filled_replay(), args_of("sac-her", "--gamma", 0.9)
+    anchors = tuple(x.flatten() for x in replay.sample(4, 25, 12))
+    time_index, env, last_time, ended = anchors
+    state, action, goal, reward, discount, next_state = base.her_goals(replay, anchors, args)
+    episode = state[:, 2]
+    commanded = torch.stack([episode, -episode], 1) + 1000
+    place_of_end = torch.stack([replay.state[last_time, env, 0] + 1, env.float()], 1)
+    assert torch.equal(goal[ended], place_of_end[ended]) and torch.equal(goal[~ended], commanded[~ended])
+    # A place is a number of steps: only the last step of an episode ends within half a metre of where it ended
+    assert torch.equal(reward, (ended & (last_time == time_index)).float()) and reward.sum() > 0
+    assert torch.equal(discount, torch.where(replay.fallen[time_index, env], 0.0, 0.9))
+    assert torch.equal(action, state[:, :2] / 100)
+    plain = base.her_goals(replay, anchors, args_of("sac"))
+    assert torch.equal(plain[2], commanded) and plain[3].sum() == 0
+
+
+@pytest.mark.parametrize("method", ["gcbc", "gcsl"])
+def test_future_goals_by_their_distribution(method):
+    replay = filled_replay(capacity=400, steps=400)
+    args = args_of(method, *(["--gamma", 0.8] if method == "gcbc" else []))
+    torch.manual_seed(0)
+    time_index, env, last_time, ended = (x[:1] for x in (y.flatten() for y in replay.sample(1, 100, 12)))
+    time_index = (last_time - 4) % 400  # four steps are left
+    many = tuple(x.expand(20_000) for x in (time_index, env, last_time, ended))
+    _, _, goal = base.future_goals(replay, many, args)
+    share = torch.bincount((goal[:, 0] - replay.state[time_index, env, 0]).long(), minlength=5) / 20_000
+    weights = torch.tensor([0, 1, 0.8, 0.8**2, 0.8**3] if method == "gcbc" else [0, 1, 1, 1, 1.0])
+    assert torch.allclose(share, weights / weights.sum(), atol=0.015)
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+def agent_and_batch(method, size=7):
+    torch.manual_seed(0)
+    args = args_of(method)
+    agent = base.GoalAgent(4, 2, 2, args)
+    state, action, goal = torch.randn(size, 4), torch.rand(size, 2) * 1.8 - 0.9, torch.randn(size, 2)
+    if method.startswith("sac"):
+        more = [torch.rand(size).round(), torch.full((size,), 0.9), torch.randn(size, 4)]
+    else:
+        more = []
+    return agent, base.goal_optimizers(agent, args, torch.device("cpu")), args, [state, action, goal, *more]
+
+
+def test_log_probability_of_a_stored_action():
+    """That of the action's own draw, and torch.distributions'."""
+    mean, log_std = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64) / 2
+    torch.manual_seed(0)
+    action, log_prob = base.sample_action(mean, log_std)
+    inside = (action.abs() < 0.999).all(1)
+    assert torch.allclose(base.log_prob_of(action, mean, log_std)[inside], log_prob[inside], atol=1e-6)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+    assert torch.allclose(base.log_prob_of(action, mean, log_std)[inside],
+                          squashed.log_prob(action).sum(1)[inside], atol=1e-6)  # fmt: skip
+    at_the_bound = base.log_prob_of(torch.ones(1, 3), mean[:1].float(), log_std[:1].float())
+    assert at_the_bound.isfinite().all()
+
+
+def test_imitation_is_maximum_likelihood():
+    agent, optimizers, args, batch = agent_and_batch("gcbc")
+    expected = -base.log_prob_of(batch[1], *agent.actor(batch[0], batch[2])).mean()
+    first = base.update(agent, optimizers, args, batch)["losses/actor"]
+    assert torch.equal(first, expected.detach())
+    for _ in range(1500):
+        last = base.update(agent, optimizers, args, batch)
+    assert last["losses/actor"] < -5
+    mean, _ = agent.actor(batch[0], batch[2])
+    assert (torch.tanh(mean) - batch[1]).abs().mean() < 0.2
+
+
+def test_soft_actor_critic_by_hand():
+    agent, optimizers, args, batch = agent_and_batch("sac")
+    state, action, goal, reward, discount, next_state = batch
+    with torch.no_grad():
+        agent.log_alpha.fill_(-1.0)
+        torch.manual_seed(3)
+        next_action, next_log_prob = base.sample_action(*agent.actor(next_state, goal))
+        both = torch.cat([target(torch.cat([next_state, next_action, goal], 1)) for target in agent.targets], 1)
+        y = reward + 0.9 * (both.min(1).values - np.exp(-1) * next_log_prob)
+        q1, q2 = (critic(torch.cat([state, action, goal], 1))[:, 0] for critic in agent.critics)
+        critic_loss = 0.5 * ((q1 - y) ** 2).mean() + 0.5 * ((q2 - y) ** 2).mean()
+    before = [p.clone() for p in agent.targets.parameters()]
+    torch.manual_seed(3)
+    metrics = base.update(agent, optimizers, args, batch)
+    assert metrics["losses/critic"] == pytest.approx(float(critic_loss), rel=1e-5)
+    assert metrics["losses/alpha_value"] == pytest.approx(float(np.exp(-1)))
+    for old, target, critic in zip(before, agent.targets.parameters(), agent.critics.parameters(), strict=True):
+        assert torch.allclose(target, old + 0.005 * (critic - old), atol=1e-7)
+    assert all(p.requires_grad for p in agent.critics.parameters())
+
+
+def test_sac_finds_the_rewarded_action():
+    """A bandit: the reward is 1 where the action is near (0.5, -0.5); nothing follows."""
+    agent, optimizers, args, _ = agent_and_batch("sac")
+    torch.manual_seed(1)
+    for _ in range(600):
+        action = torch.rand(64, 2) * 2 - 1
+        reward = 4 * (1 - (action - torch.tensor([0.5, -0.5])).norm(dim=1))
+        batch = [torch.zeros(64, 4), action, torch.zeros(64, 2), reward, torch.zeros(64), torch.zeros(64, 4)]
+        base.update(agent, optimizers, args, batch)
+    mean, _ = agent.actor(torch.zeros(1, 4), torch.zeros(1, 2))
+    assert torch.allclose(torch.tanh(mean), torch.tensor([[0.5, -0.5]]), atol=0.25)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_and_resumed_is_bit_identical(method):
+    flags = [*TINY, "--method", method, "--checkpoint-every", 40]
+    whole, part = run(*flags), killed_run(base, 95, *flags)
+    run("--resume", part)
+    assert_same(checkpoint(whole), checkpoint(part))
+    logged = scalars(whole)
+    assert logged == scalars(part) and checkpoint(whole)["gradient_steps"] == 39  # 13 training steps learn, 3 each
+    assert {"losses/actor", "eval/time_at_goal"} <= logged.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_differ(method, outcomes):
+    more = ["--method", method]
+    if method != "gcbc":
+        assert_new_outcome(base, TINY, more, outcomes)
+
+
+@pytest.mark.parametrize(
+    "more", [["--depth", "8"], ["--gamma", "0.9"], ["--tau", "0.5"], ["--entropy-coef", "1"]], ids=str
+)
+def test_flags_change_what_is_learned(more, outcomes):
+    assert_new_outcome(base, [*TINY, "--method", "sac-her"], more, outcomes)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--depth", "6"], "--depth 6: must be a multiple of 4"),
+    (["--tau", "0.1"], "--tau 0.1: does nothing with --method gcbc"),
+    (["--method", "gcsl", "--gamma", "0.9"], "--gamma 0.9: does nothing with --method gcsl"),
+    (["--episode-length", "2"], "--episode-length 2: must lie between 3 and"),
+])  # fmt: skip
+def test_bad_input(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*TINY, *flags)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1
+
+
+def test_a_fall_is_stored():
+    _, replay = helpers.run_and_replay(
+        base, *POINT, "--env-id", "humanoid", "--method", "sac", "--episode-length", "80", "--learning-starts", "320"
+    )
+    ends = replay["episode"][1:] != replay["episode"][:-1]
+    assert replay["fallen"].any() and (replay["fallen"][:-1] <= ends).all()
