@@ -72,19 +72,23 @@ sac_tiers() { # sac_tiers "TASKS at paper scale": sets seeds, envs and flags for
   case $SCALE in
     smoke) flags="--total-timesteps 1500 --learning-starts 300 --width 0.1 --eval-every 500 --eval-episodes 2 --dormant-every 500
       --dormant-batch-size 64 --redo-period-gradient-steps 300 --reset-period-gradient-steps 300" ;;
-    small) seeds="1 2 3" flags="--total-timesteps 200000 --eval-episodes 5 --redo-period-gradient-steps 20000
-      --reset-period-gradient-steps 50000" ;;
+    small) seeds="1 2 3" flags="--total-timesteps 60000 --eval-episodes 5 --redo-period-gradient-steps 20000
+      --reset-period-gradient-steps 20000" ;;
     paper) seeds="1 2 3 4 5 6 7 8 9 10" envs=$1 ;;
   esac
 }
 
-sac_runs() { # Figs. 14, 18, 20: SAC, ReDo, resets and weight decay, seed by seed
+sac_runs() { # Figs. 14, 18, 20: SAC and ReDo, seed by seed; then resets and weight decay
   sac_tiers "Ant-v5 HalfCheetah-v5 Hopper-v5 Walker2d-v5"
   local seed
   for seed in $seeds; do
     sweep studies/redo_sac.py redo_sac "$envs" "$seed" $flags < <(
       echo "sac --method sac"
       echo "redo --method redo"
+    )
+  done
+  for seed in $seeds; do
+    sweep studies/redo_sac.py redo_sac "$envs" "$seed" $flags < <(
       echo "reset --method reset"
       echo "weight-decay --method sac --weight-decay 1e-5"
     )
