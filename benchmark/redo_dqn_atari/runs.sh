@@ -72,7 +72,7 @@ sac_tiers() { # sac_tiers "TASKS at paper scale": sets seeds, envs and flags for
   case $SCALE in
     smoke) flags="--total-timesteps 1500 --learning-starts 300 --width 0.1 --eval-every 500 --eval-episodes 2 --dormant-every 500
       --dormant-batch-size 64 --redo-period-gradient-steps 300 --reset-period-gradient-steps 300" ;;
-    small) seeds="1 2 3" flags="--total-timesteps 100000 --eval-episodes 5 --redo-period-gradient-steps 20000
+    small) seeds="1 2 3" flags="--total-timesteps 60000 --eval-episodes 5 --redo-period-gradient-steps 20000
       --reset-period-gradient-steps 20000" ;;
     paper) seeds="1 2 3 4 5 6 7 8 9 10" envs=$1 ;;
   esac

@@ -2,7 +2,7 @@
 # Figs. 14, 18 and 20: ReDo, resets and weight decay in SAC, and the dormant neurons of its networks.
 # Expect, at paper scale, after 1M steps: return of SAC, ReDo, weight decay, resets on Ant 5000, 4900, 4850, 4080, on
 # HalfCheetah 11500, 11200, 10300, 10550; dormant at tau 0 on Ant about 10% of the policy and 17% of the critics.
-# SCALE=small, for two cores: Ant, 100,000 steps, 3 seeds, 5 episodes per evaluation; as the runs are shorter, ReDo and resets
+# SCALE=small, for two cores: Ant, 60,000 steps, 3 seeds, 5 episodes per evaluation; as the runs are shorter, ReDo and resets
 # come every 20,000 gradient steps. Expected there, and written down before the runs: at the end 2 to 15%
 # of SAC's policy and critics are dormant at tau 0, with a spread over seeds of 3 points; at the last look, which follows a
 # recycling by at most an episode, half as many of the critics' with ReDo; returns differ by less than the spread between
