@@ -2,6 +2,7 @@
 # Installs everything into .venv and puts it on the PATH of the script that sources this file: the pinned packages of
 # requirements.txt, with Python 3.11 to 3.14, and on Linux the EGL libraries that headless rendering needs.
 # On Debian and Ubuntu it fetches missing system packages itself when run as root or with password-less sudo.
+# bash install.sh metaworld adds MetaWorld, for studies/drm_metaworld.py (a script that sources this file: SUITES=metaworld).
 # PyTorch is the build for CPUs, gigabytes smaller, where no NVIDIA driver is seen; GPU=1 or CPU=1 decide otherwise.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -12,6 +13,11 @@ case "$(uname)" in
   Linux | Darwin) ;;
   *) fail "Windows is not supported; in WSL it installs as on Linux" ;;
 esac
+suites=${SUITES:-}
+[ "${BASH_SOURCE[0]}" != "$0" ] || suites="$suites $*"
+for suite in $suites; do
+  [ "$suite" = metaworld ] || fail "unknown: $suite; bash install.sh metaworld adds MetaWorld"
+done
 python=""
 for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
   if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
@@ -57,5 +63,8 @@ for requirements in requirements.txt ${EXTRA_REQUIREMENTS:-}; do # only what cha
     fi
     cp "$requirements" "$stamp"
   fi
+done
+for suite in $suites; do # it asks for an older MuJoCo
+  .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("metaworld"))' || "${pip[@]}" --no-deps metaworld==3.1.1
 done
 PATH="$PWD/.venv/bin:$PATH"

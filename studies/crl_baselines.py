@@ -12,29 +12,33 @@
 # ]
 # ///
 """1000 Layer Networks for Self-Supervised RL (Wang, Javali, Bortkiewicz, Trzcinski, Eysenbach; NeurIPS 2025,
-arXiv 2503.14858), Figures 12 and 13: does depth help other goal-reaching algorithms, too? The paper's answer: no, it is
-contrastive RL that makes use of it. On crl_deep.py's environments, rhythm and residual networks (--method):
+arXiv 2503.14858), Figures 12 and 13 of the appendix: does depth help other goal-reaching algorithms, too? The paper's
+answer: no, it is contrastive RL that makes use of it. On crl_deep.py's environments, rhythm and networks (--method):
     gcbc      imitate the action that led to a goal k steps later, k ~ Geometric(1 - gamma), truncated      -> `imitate`
-    gcsl      the same with all later steps of the episode equally likely                              -> `future_goals`
+    gcsl      the same with all later steps of the episode that are in sight equally likely            -> `future_goals`
                   L = -mean log pi(a_t | s_t, g = s_{t+k})
     sac       soft actor-critic with the commanded goal; r = 1 where a step ends at the goal      -> `soft_actor_critic`
                   y = r + gamma ( min_i Q_target_i(s', a', g) - alpha log pi(a'|s', g) )    a' ~ pi(.|s', g)
                   L_Q = 1/2 sum_i mean ( Q_i(s, a, g) - y )^2,   L_actor = mean [ alpha log pi(a|s,g) - min_i Q_i ]
                   L_alpha = alpha mean [ -log pi(a|s,g) - H_target ]
-    sac-her   the same, but if the episode's end is in sight, the goal is where it ended: HER's "final"   -> `her_goals`
-All act with the noise of their policy towards the commanded goals.
+    sac-her   the same, but if the time limit's end is in sight, the goal is where it came: HER's "final" -> `her_goals`
+All act with the noise of their policy towards the commanded goals. In sight are, as in contrastive RL, the steps of a
+window that is as long as an episode and begins at any step.
 
     SCALE=small bash benchmark/crl_deep/fig13_baselines.sh     beside contrastive RL: a room, depth 4 and 16, two cores
     python studies/crl_baselines.py --method sac-her           one of these runs
     python studies/crl_baselines.py --env-id humanoid --depth 16      the paper's size: for a GPU, not run yet
 
 The paper's words for its baselines are few; what it leaves open is as in the benchmark that its code grew from
-(JaxGCRL): two critics, the smaller one counts, tau 0.005, HER "final", learning rate 1e-4 for SAC. Discount: ours.
-Differences from that code:
+(JaxGCRL): two critics of which the smaller value counts, tau 0.005, HER "final", for ant and humanoid SAC's learning
+rate 1e-4. Differences from that code, so that all methods have the same environments, networks and rhythm:
  1. The trunk is the residual network of crl_deep.py; there, 2 x 256 ReLU.
- 2. As many gradient steps per environment step as contrastive RL takes.
- 3. A transition that a time limit ends has no next state and is left out; one that a fall ends does not bootstrap.
- 4. log pi is exact where tanh saturates.
+ 2. As many gradient steps per environment step as contrastive RL takes, on batches of 512; there, of 256.
+ 3. The discount is 0.99; there, 0.9. The temperature learns at the rate of the networks; there, at 3e-4.
+ 4. A transition that a time limit ends has no next state here and is left out; there, SAC's critics leave it out.
+ 5. A place counts as reached where a step ends; there, HER asks where it begins. HER's goal is the place of the last
+    step's end; there, of its beginning.
+ 6. SAC's log pi is exact where tanh saturates. gcbc and gcsl count a stored action of 1 as 1 - 1e-6.
 Not in this file: TD3 + HER, and the arm tasks on which GCBC gains from depth.
 Your own method: a function like `imitate`. What is saved: `parts` and counters in `train`, between training steps.
 Ctrl-C finishes the current one, so that a resumed run equals, bit for bit, one that was never stopped.
@@ -90,8 +94,8 @@ class RunArgs:
 
 @dataclass
 class Args(RunArgs):
-    """Baselines of contrastive RL. A step is one action in one environment. The point mass and some mazes have other
-    defaults: see TASKS."""
+    """What contrastive RL is compared with. A step is one action in one environment. The point mass and some mazes have
+    other defaults: see TASKS."""
 
     exp_name: str = "crl_baselines"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every reset
@@ -130,7 +134,8 @@ class Args(RunArgs):
         robot = self.env_id.partition("_")[0]
         far_goals = self.env_id.partition("_gen_")[0] + "_eval"
         follows = dict(eval_env_id=far_goals if far_goals in ENV_IDS else self.env_id)
-        follows |= dict(learning_rate=1e-4) if self.method.startswith("sac") and robot != "point" else {}
+        if self.method.startswith("sac") and robot != "point":
+            follows["learning_rate"] = 1e-4
         return TASKS.get(self.env_id, TASKS.get(robot, {})) | follows
 
 
@@ -454,7 +459,7 @@ class GoalReplay:
         is not an episode's last step, or that ended with a fall.
         """
         needed = num_batches * batch_size
-        windows = -(-needed // (self.num_envs * (window - 2)))
+        windows = -(-needed // (self.num_envs * (window - 2)))  # a time limit ends at most one step of a window
         start = torch.randint(self.size - window + 1, (windows, self.num_envs), device=self.device)
         step = torch.arange(window, device=self.device).view(-1, 1, 1)
         time_index = (self.pointer - self.size + start + step) % self.capacity  # (window, windows, num_envs)
@@ -480,14 +485,14 @@ class GoalReplay:
     def load_state_dict(self, saved: dict) -> None:
         self.size = saved["size"]  # a longer run than the saved one has a longer ring, which is then not full
         self.pointer = saved["pointer"] if self.size == self.capacity else self.size
-        for name, value in saved.items():
-            if isinstance(value, torch.Tensor):
-                getattr(self, name)[: self.size] = value
+        for name, ring in vars(self).items():
+            if isinstance(ring, torch.Tensor):
+                ring[: self.size] = saved[name]
 
 
 def future_goals(replay, anchors: tuple, args) -> list:
     """Anchors (batch,) each -> state, action, and a state that followed in the episode as the goal: gcbc's lies
-    Geometric(1 - gamma) steps ahead, truncated, gcsl's anywhere in the rest of the episode."""
+    Geometric(1 - gamma) steps ahead, truncated, gcsl's at any later step in sight. A fall's last step is its own."""
     time_index, env, last_time, _ = anchors
     remaining = (last_time - time_index) % replay.capacity
     uniform = torch.rand(len(remaining), dtype=torch.float64, device=replay.device)
@@ -501,11 +506,12 @@ def future_goals(replay, anchors: tuple, args) -> list:
 
 def her_goals(replay, anchors: tuple, args) -> list:
     """Anchors (batch,) each -> state, action, goal, reward (batch,), discount (batch,) and next state. With sac-her the
-    goal is where the episode ended, if that is in sight; else it is the commanded one."""
+    goal is where the episode reached its time limit, if that is in sight; else it is the commanded one."""
     time_index, env, last_time, ended = anchors
     goal = replay.goal[time_index, env]
     if args.method == "sac-her":
-        goal = torch.where(ended[:, None], replay.achieved[last_time, env], goal)
+        limit = ended & ~replay.fallen[last_time, env]
+        goal = torch.where(limit[:, None], replay.achieved[last_time, env], goal)
     reward = (replay.achieved[time_index, env] - goal).norm(dim=1) < GOAL_RADIUS
     discount = args.gamma * ~replay.fallen[time_index, env]
     next_state = replay.state[(time_index + 1) % replay.capacity, env]
@@ -910,13 +916,11 @@ def check_args(args: Args) -> tuple:
     if args.total_timesteps < to_learn:
         limit = f"must leave room to learn after --learning-starts: at least {to_learn} steps"
         refuse("total_timesteps", args.total_timesteps, limit)
-    layers = 5 * (args.depth + 2)
+    layers = (5 if args.method.startswith("sac") else 1) * (args.depth + 2)
     robot = ROBOTS[robots[0]]
+    row = robot.state_dim + 2 * robot.goal_dim + robot.action_dim + 2
     needed = {  # rough bytes; a weight has a gradient and two moments, a layer three activations
-        "buffer_size": 4
-        * replay_steps(args)
-        * args.num_envs
-        * (robot.state_dim + 2 * robot.goal_dim + robot.action_dim),
+        "buffer_size": 4 * replay_steps(args) * args.num_envs * row,
         "depth": layers * args.width * (16 * (args.width + 3) + 12 * args.batch_size),
         "gradient_steps": 60 * args.gradient_steps * args.batch_size,
         "num_envs": 20_000 * args.num_envs,

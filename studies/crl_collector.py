@@ -14,22 +14,22 @@
 """1000 Layer Networks for Self-Supervised RL (Wang, Javali, Bortkiewicz, Trzcinski, Eysenbach; NeurIPS 2025,
 arXiv 2503.14858), Figure 8: do deep networks reach more goals because they explore better, or because they learn more
 from the same data? One agent, the collector, acts; two others, a deep and a shallow one, learn from its data and
-never act. All three are contrastive agents (Eqs. in crl_deep.py), from the same batches:
+never act. All three are the contrastive agents of crl_deep.py, and learn from the same batches:
     f(s, a, g) = -||phi(s, a) - psi(g)||_2
     L_critic = -mean_i [ f_ii - log sum_j exp f_ij ] + 0.1 mean_i (log sum_j exp f_ij)^2       -> `contrastive_loss`
     L_actor = mean [ alpha log pi(a|s,g) - f(s, a, g) ],   L_alpha = alpha mean [ -log pi(a|s,g) - H_target ]
 A training step: the collector takes 62 steps in each of 512 environments, then each of the three takes 800 gradient
 steps, with the same pairs and goals                                                                        -> `train`
 The paper: behind a deep collector (depth 32) the deep learner is far better than the shallow one (depth 4); behind a
-shallow collector both are alike, and bad. So depth needs both, and gives both.
+shallow collector both are alike, and bad. So depth helps twice: it collects better data, and makes better use of them.
 
-    SCALE=small bash benchmark/crl_deep/fig8_collector.sh       the point mass, two CPU cores
-    python studies/crl_collector.py                             the same once: collector and deep learner of depth 16
+    SCALE=small bash benchmark/crl_deep/fig8_collector.sh       the point mass in a U-maze, two CPU cores
+    python studies/crl_collector.py                             in a room: collector and deep learner of depth 16
     python studies/crl_collector.py --env-id ant_big_maze --collector-depth 4     the paper's size: for a GPU, not run
 
 Differences from the official code: it has no such experiment. Beyond crl_deep.py's, none: what it says of environments,
-networks, losses and goals holds here. Kept: the state after an episode's last action is not stored.
-Your own learner: an entry of `agents` in `train`. What is saved: `parts` and counters in `train`, between training
+networks, losses and goals holds here. That all learn from the very same batches is our choice. Not here: the arm task.
+Your own learner: an entry of `depths` in `train`. What is saved: `parts` and counters in `train`, between training
 steps. Ctrl-C finishes the current one, so that a resumed run equals, bit for bit, one that was never stopped.
 """
 
@@ -116,23 +116,22 @@ class Args(RunArgs):
 
     # Networks
     width: Count = 256  # hidden units per layer
-    collector_depth: Count = 16  # Dense layers inside the residual blocks of each network of the agent that acts
-    deep: Count = 16  # of the deep learner's (the paper: 32)
-    shallow: Count = 4  # of the shallow learner's
+    collector_depth: Count = 32  # Dense layers in the blocks of each network of the agent that acts, a multiple of 4
+    deep: Count = 32  # those of the deep learner
+    shallow: Count = 4  # those of the shallow learner
 
     def task_defaults(self) -> dict:
         """Those of the environment, or else of its robot; and what follows from other flags."""
         robot = self.env_id.partition("_")[0]
         far_goals = self.env_id.partition("_gen_")[0] + "_eval"
         follows = dict(eval_env_id=far_goals if far_goals in ENV_IDS else self.env_id)
-        follows |= {} if robot == "point" else dict(collector_depth=32, deep=32)
         return TASKS.get(self.env_id, TASKS.get(robot, {})) | follows
 
 
 # What differs from the defaults: laptop-sized runs of the point mass, and the longer runs of Fig. 1
 POINT = dict(total_timesteps=400_000, num_envs=64, episode_length=300, unroll_length=50, gradient_steps=100, width=64,
              learning_rate=1e-3, buffer_size=400_000, learning_starts=19_200, eval_every=22_400,
-             checkpoint_every=50_000)  # fmt: skip
+             checkpoint_every=50_000, collector_depth=16, deep=16)  # fmt: skip
 LONG = dict(total_timesteps=400_000_000, eval_every=4_000_000, checkpoint_every=8_000_000)
 TASKS = {
     "point": POINT,
@@ -714,7 +713,7 @@ def render(envs, height: int = 240, width: int = 320) -> np.ndarray:
     return envs.renderer.render().copy()
 
 
-def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
+def evaluate(agent, envs, args, number: int, device, run, filmed: bool = False) -> dict | None:
     """One episode per environment with the policy's mean -> metrics, or None if the run is to stop. `number` picks the
     starts and goals; torch's random numbers are not used.
 
@@ -732,7 +731,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
         run.check_finite({"the actor's output": action.sum()}, number)
         if run.stopped:
             return None
-        if args.capture_video and alive[0]:
+        if filmed and alive[0]:
             film.append(render(envs))
         done, distance = envs.step(action), envs.distance()
         time_at_goal[alive] = envs.time_at_goal[alive]
@@ -741,7 +740,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
         closest[alive] = np.minimum(closest, distance)[alive]
         alive &= ~done
     run.bar.set_description("training")
-    if args.capture_video:
+    if filmed:
         run.film(number, film)
     metrics = {
         "eval/time_at_goal": time_at_goal, "eval/episodic_return": time_at_goal, "eval/success_any": time_at_goal > 0,
@@ -785,7 +784,8 @@ def train(args: Args) -> Path:
         if finished or global_step >= next_eval:
             results = {}
             for name, agent in agents.items():
-                metrics = evaluate(agent, eval_envs, args, global_step, device, run)
+                filmed = args.capture_video and name == "collector"
+                metrics = evaluate(agent, eval_envs, args, global_step, device, run, filmed)
                 if metrics is None:  # the run is to stop
                     break
                 results |= {f"{tag}/{name}": value for tag, value in metrics.items()}
@@ -862,8 +862,6 @@ def check_args(args: Args) -> tuple:
     for name in ("collector_depth", "deep", "shallow"):
         if getattr(args, name) % 4:
             refuse(name, getattr(args, name), "must be a multiple of 4: a block has 4 Dense layers")
-    if args.deep <= args.shallow:
-        refuse("deep", args.deep, f"must be more than --shallow {args.shallow}")
     episodes = args.num_envs * args.episode_length
     ring = args.buffer_size // args.num_envs * args.num_envs
     if args.buffer_size < episodes:
@@ -875,17 +873,17 @@ def check_args(args: Args) -> tuple:
     if args.total_timesteps < to_learn:
         limit = f"must leave room to learn after --learning-starts: at least {to_learn} steps"
         refuse("total_timesteps", args.total_timesteps, limit)
-    layers = 3 * (args.collector_depth + args.deep + args.shallow) + 9
     robot = ROBOTS[robots[0]]
     needed = {  # rough bytes; a weight has a gradient and two moments, a layer three activations
         "buffer_size": 4 * replay_steps(args) * args.num_envs * (robot.state_dim + robot.action_dim + 1),
-        "deep": layers * args.width * (16 * (args.width + 3) + 12 * args.batch_size),
         "batch_size": 16 * args.batch_size**2,
         "repr_dim": 16 * args.repr_dim * (2 * args.width + args.batch_size),
         "gradient_steps": 60 * args.gradient_steps * args.batch_size,
         "num_envs": 20_000 * args.num_envs,
         "eval_episodes": 20_000 * args.eval_episodes,
     }
+    layer = args.width * (16 * (args.width + 3) + 12 * args.batch_size)
+    needed |= {name: 3 * (getattr(args, name) + 1) * layer for name in ("collector_depth", "deep", "shallow")}
     devices = check_devices(args, needed)
     if args.capture_video:
         if sys.platform == "linux":

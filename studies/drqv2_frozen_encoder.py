@@ -18,10 +18,10 @@
 """Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages (Ma et al., ICLR 2024,
 arXiv 2310.07418), Figure 4: is it the encoder's plasticity that data augmentation saves? Here the encoder is a network
 that was trained on ImageNet and never changes, so nothing in it can be lost; if the agent still fails without
-augmentation, then what augmentation saves lies behind it, in the critic.
+augmentation, then what augmentation saves lies behind it: in the critic, or in W.
 
 The encoder (after PIE-G, Yuan et al. 2022) is the first half of a ResNet-18, e. It sees the three frames of an
-observation one by one; one linear layer and a layer norm, the only part that learns, make features of them:
+observation one by one; one linear layer and a layer norm, its only parts that learn, make features of them:
     f(o) = LayerNorm( W [ e_2, e_3, e_2 - e_1, e_3 - e_2 ] )      e_i: maps of frame i            -> `PretrainedEncoder`
 The agent on these features is DrQ-v2 (Yarats et al. 2022); o and o' are shifted by up to 4 pixels, or not:
     y   = sum_{i<n} gamma^i r_{t+i} + gamma^n min_k Q_target_k( f(o_{t+n}), a' )     a' ~ pi(f(o_{t+n})), noise clipped
@@ -31,7 +31,7 @@ Plasticity is measured by the fraction of active units of a module with N units 
     FAU = 1/N sum_n 1[a_n(x) > 0]      a: after the ReLUs of the heads; averaged over a training batch
 
     python studies/drqv2_frozen_encoder.py                       Walker Walk, 1M frames: for a GPU, not run yet
-    python studies/drqv2_frozen_encoder.py --no-augmentation     the paper: clearly worse, it stagnates late
+    python studies/drqv2_frozen_encoder.py --no-augmentation     the paper: clearly worse
     SCALE=smoke bash benchmark/drqv2_plasticity/fig4_frozen_encoder.sh     both for a minute, with random weights
 
 The weights are torchvision's, 47 MB, and are downloaded; --encoder-weights PATH reads the file resnet18-f37072fd.pth.
@@ -43,9 +43,9 @@ Differences from the official code (facebookresearch/drqv2, gemcollector/PIE-G),
  4. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
  5. The batch norms of the frozen network keep ImageNet's mean and variance. In PIE-G's updates they take those of the
     batch, and the stored ones, with which it acts, drift: not frozen after all. --batch-norm batch does the same here.
- 6. PIE-G also learns from images that others are laid over; the paper does without, and so does this script.
-Kept: pixels are scaled to [-0.5, 0.5], not by ImageNet's mean and deviation. "Frozen" is everything but 63 million
-weights W. The paper's table says 50 features in the trunks (PIE-G: 256), and not which tasks Fig. 4 shows.
+ 6. PIE-G also learns from images with others laid over them; the paper does without, and so does this script.
+Kept: pixels are scaled to [-0.5, 0.5], not by ImageNet's mean and deviation. Only the ResNet is frozen: W has 63
+million weights that learn. The trunks have 50 features (PIE-G: 256). The paper does not name Fig. 4's tasks.
 Your own environment: --env-id my_module:MyEnv-v0, or `make_env`. Your own encoder: `PretrainedEncoder`. What is saved:
 `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode, and a resumed run begins the next.
 """
@@ -132,7 +132,7 @@ class Args(RunArgs):
 
     # Frozen encoder
     encoder_weights: str = "imagenet"  # of the ResNet-18: torchvision's, a path to its file, or random, for tests
-    batch_norm: Literal["stored", "batch"] = "stored"  # statistics that it normalises with in updates (ours)
+    batch_norm: Literal["stored", "batch"] = "stored"  # its statistics in updates: the stored ones (ours), or PIE-G's
     projection_dim: Count = 1024  # features that the linear layer behind it makes
 
     def task_defaults(self) -> dict:
@@ -378,10 +378,11 @@ def pretrained_weights(source: str) -> dict | None:
     wanted = HalfResNet().state_dict()
     try:
         if source == "imagenet":
-            weights = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", weights_only=True)
+            weights = torch.hub.load_state_dict_from_url(WEIGHTS_URL, None, "cpu", check_hash=True, weights_only=True)
         else:
             weights = torch.load(source, map_location="cpu", weights_only=True)
-        return {name: weights[name].view(value.shape) for name, value in wanted.items()}
+        counters = [name for name in wanted if name.endswith("num_batches_tracked")]  # the file has none
+        return {name: weights[name].view(wanted[name].shape) for name in wanted if name not in counters}
     except Exception as error:
         about = f"{type(error).__name__}: {error}".partition("\n")[0][:100]
         refuse("encoder_weights", source, f"cannot be loaded ({about}); get {WEIGHTS_URL} and give its path")
@@ -507,7 +508,7 @@ def update(agent, optimizers, args, batch: list) -> dict:
     encoder_optimizer, actor_optimizer, critic_optimizer = optimizers
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    agent.encoder.resnet.train(args.batch_norm == "batch")  # in its updates alone
+    agent.encoder.resnet.train(args.batch_norm == "batch")  # it always acts with the stored ones
     with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
         next_features = agent.encoder(next_obs)
         next_mean, _ = agent.actor(next_features)
@@ -729,11 +730,14 @@ def check_args(args: Args) -> tuple:
         "buffer_size": replay_capacity(args) * 3 * args.image_size**2,
         "batch_size": 5e8 + 500 * args.batch_size * args.image_size**2,
         "hidden_dim": 80 * args.hidden_dim**2,
-        "projection_dim": 28 * args.projection_dim * (features + 3 * args.feature_dim),
+        "projection_dim": 28 * args.projection_dim * features,  # its orthogonal initialisation needs copies
+        "feature_dim": 64 * args.feature_dim * (args.projection_dim + args.hidden_dim),
     }
     device, buffer_device = check_devices(args, needed)
     if args.buffer_size < args.n_step + 4:
         refuse("buffer_size", args.buffer_size, f"must be at least --n-step {args.n_step} + 4")
+    if not args.augmentation and args.shift_pad != Args.shift_pad:
+        refuse("shift_pad", args.shift_pad, "does nothing with --no-augmentation")
     if args.total_timesteps <= args.learning_starts:
         refuse("total_timesteps", args.total_timesteps, f"must be more than --learning-starts {args.learning_starts}")
     with suppress(ImportError):

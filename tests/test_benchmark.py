@@ -192,6 +192,24 @@ def test_bars_are_the_last_returns():
     assert Path("out.png").stat().st_size > 10_000
 
 
+def test_a_frozen_encoder_has_no_stars_of_a_learned_one():
+    frozen = dict(encoder_weights="random")
+    write_run("frozen-small-plain", 1, [0.0, 1.0], env_id="dm_control/walker-run-v0", tag="fau/critic", folder="f",
+              action_repeat=2, **frozen)  # fmt: skip
+    rows = plot_drq.all_rows(plotting.load_runs("frozen-small-*"), ["fau/critic"])
+    assert rows and all(row["seeds"] != "paper" for row in rows)
+
+
+def test_a_collectors_learners_are_drawn():
+    options = dict(env_id="point_room", collector_depth=8, deep=8, shallow=4, folder="c")
+    write_run("fig8-small-c8", 1, [1.0, 2.0], tag="eval/time_at_goal/deep", **options)
+    write_scalars("runs/c__fig8-small-c8__1__0", **{"eval__time_at_goal/shallow": {0: 1.0, 50_000: 1.5},
+                                                    "eval__time_at_goal/collector": {0: 3.0, 50_000: 4.0}})  # fmt: skip
+    plot_crl_deep.collectors(plotting.load_runs("fig8-small-*"), "out")
+    last = {row["agent"]: float(row["mean"]) for row in read_csv("out.csv")}
+    assert last == {"collector": 4.0, "shallow": 1.5, "deep": 2.0}
+
+
 def test_last_returns_by_task():
     """The mean of the tasks' ratios; a task with one arm alone, or nothing without augmentation, has none."""
     for task, name, value in (("cheetah-run", "augmentation", 300.0), ("cheetah-run", "plain", 100.0),
@@ -203,7 +221,7 @@ def test_last_returns_by_task():
     with unittest.mock.patch.object(plot_drq, "save", wraps=plot_drq.save) as saved:
         plot_drq.tasks(runs, ["augmentation", "plain"], "out")
     (axis,) = saved.call_args.args[0].axes
-    assert axis.get_title() == "mean ratio 2.00, with augmentation / no augmentation"
+    assert axis.get_title() == "with augmentation / no augmentation: mean ratio 2.00\n1 seed"
     labels = [label.get_text() for label in axis.get_yticklabels()]
     assert labels == ["cheetah-run  x 3.0", "hopper-hop", "hopper-stand", "walker-run  x 1.0"]
     last = {(row["env_id"], row["arm"]): float(row["mean"]) for row in read_csv("out.csv")}

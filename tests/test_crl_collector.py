@@ -22,7 +22,7 @@ def test_one_acts_and_three_learn_from_the_same_batches():
     with mock.patch.multiple(
         collector,
         act=lambda agent, *rest, **more: acted.append((agent, more)) or act(agent, *rest, **more),
-        update=lambda agent, *rest: learned.append((agent, rest[-1])) or update(agent, *rest),
+        update=lambda agent, *rest: learned.append((agent, rest[-1], rest[0])) or update(agent, *rest),
     ):
         run_dir = run(*TINY)
     training = {id(agent) for agent, more in acted if more.get("noise", True)}
@@ -31,7 +31,10 @@ def test_one_acts_and_three_learn_from_the_same_batches():
     assert len(learned) == 3 * checkpoint(run_dir)["gradient_steps"]
     for first, second, third in zip(*(learned[i::3] for i in range(3))):
         assert id(first[0]) in training and first[1] is second[1] is third[1]
-    depths = [len(agent.actor.trunk.blocks) for agent, _ in learned[:3]]
+    for agent, _, optimizers in learned[:3]:
+        own = {id(weight) for weight in agent.parameters()}
+        assert {id(weight) for o in optimizers for weight in o.param_groups[0]["params"]} == own
+    depths = [len(agent.actor.trunk.blocks) for agent, _, _ in learned[:3]]
     assert depths == [2, 2, 1]
 
 
@@ -65,8 +68,7 @@ def test_killed_and_resumed_is_bit_identical():
         assert {f"eval/time_at_goal/{name}", f"losses/critic/{name}"} <= logged.keys()
 
 
-def test_the_learners_depths_change_the_learners_alone():
-    """The collector of another run that differs in a learner only draws other numbers: it is a run of its own."""
+def test_deep_is_the_deep_learners_depth():
     first, second = run(*TINY), run(*TINY, "--deep", 12)
     blocks = [{name for name in checkpoint(part)["deep"] if ".blocks.2" in name} for part in (first, second)]
     assert not blocks[0] and blocks[1]
@@ -74,7 +76,7 @@ def test_the_learners_depths_change_the_learners_alone():
 
 @pytest.mark.parametrize("flags, message", [
     (["--collector-depth", "6"], "--collector-depth 6: must be a multiple of 4"),
-    (["--deep", "4"], "--deep 4: must be more than --shallow 4"),
+    (["--collector-depth", "400000000"], "--collector-depth 400000000: the run needs about"),
     (["--env-id", "point_castle"], "--env-id point_castle: unknown environment"),
 ])  # fmt: skip
 def test_bad_input(flags, message, capsys):

@@ -91,9 +91,10 @@ def test_sizes_of_frames(size):
 
 
 # --- what is frozen ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_norm", ["stored", "batch"])
-def test_what_an_update_changes(batch_norm):
-    agent, optimizers, args = tiny_agent("--batch-norm", batch_norm)
+def test_what_an_update_changes(batch_norm, precision):
+    agent, optimizers, args = tiny_agent("--batch-norm", batch_norm, "--precision", precision)
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     frozen.update(agent, optimizers, args, tiny_batch())
     changed = {name for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
@@ -143,18 +144,27 @@ def test_the_update_is_that_of_drqv2():
     for a, b in zip(*losses, strict=True):
         assert all(torch.equal(a[tag], b[tag]) for tag in b)
     assert_same(dict(theirs.critic.state_dict()), dict(ours.critic.state_dict()))
+    assert_same(dict(theirs.encoder.state_dict()), dict(ours.encoder.encoder.state_dict()))
 
 
 # --- the weights' file ------------------------------------------------------------------------------------------------
 def weights_file(path, **more):
     torch.manual_seed(7)
-    weights = frozen.HalfResNet().state_dict()
-    torch.save({**weights, "layer3.0.conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1000, 512), **more}, path)
+    weights = {name: value for name, value in frozen.HalfResNet().state_dict().items() if "tracked" not in name}
+    torch.save(
+        {
+            **{name: nn.Parameter(value) for name, value in weights.items()},
+            "layer3.0.conv1.weight": torch.zeros(1),
+            "fc.weight": torch.zeros(1000, 512),
+            **more,
+        },
+        path,
+    )
     return weights
 
 
 def test_weights_from_a_file():
-    """torchvision's has layers that are not needed, and in older versions no num_batches_tracked of shape ()."""
+    """torchvision's has layers that are not needed, and no counters num_batches_tracked."""
     weights = weights_file("resnet18.pth")
     run_dir = run(*TINY, "--encoder-weights", "resnet18.pth")
     learned = checkpoint(run_dir)["agent"]
@@ -213,9 +223,10 @@ def test_augmentation():
     assert torch.equal(shifted[1], raw[1]) and float(shifted[5]) == 0.5
 
 
-def test_kill_and_resume_is_bit_identical():
-    whole = run(*TINY, "--checkpoint-every", 20, "--exp-name", "whole")
-    part = killed_run(frozen, 70, *TINY, "--checkpoint-every", 20, "--exp-name", "whole")
+@pytest.mark.parametrize("batch_norm", ["stored", "batch"])
+def test_kill_and_resume_is_bit_identical(batch_norm):
+    flags = [*TINY, "--checkpoint-every", 20, "--batch-norm", batch_norm]
+    whole, part = run(*flags), killed_run(frozen, 70, *flags)
     run("--resume", part)
     assert_same(checkpoint(whole), checkpoint(part))
     assert scalars(whole) == scalars(part)
@@ -228,8 +239,13 @@ def test_flags_change_what_is_learned(more, outcomes):
     assert_new_outcome(frozen, TINY, more, outcomes)
 
 
-def test_width_is_refused_before_it_is_allocated(capsys):
+@pytest.mark.parametrize("flags, message", [
+    (["--projection-dim", 10**8], "--projection-dim 100000000: the run needs about"),
+    (["--feature-dim", 10**8], "--feature-dim 100000000: the run needs about"),
+    (["--no-augmentation", "--shift-pad", 2], "--shift-pad 2: does nothing with --no-augmentation"),
+])  # fmt: skip
+def test_bad_input(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(*TINY, "--projection-dim", 10**8)
+        run(*TINY, *flags)
     printed = capsys.readouterr().err
-    assert stopped.value.code == 2 and "--projection-dim 100000000: the run needs about" in printed
+    assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1

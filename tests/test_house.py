@@ -27,6 +27,7 @@ def sweep_name(path):
 
 
 IMPORT_NAMES = {"ale_py": "ale-py"}  # where they differ from the package's
+OPTIONAL = dict(re.findall(r"--no-deps (metaworld)==([\d.]+)", (ROOT / "install.sh").read_text()))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("benchmark/**/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 README = "\n".join(path.read_text() for path in PAGES)
 
@@ -41,7 +42,7 @@ def test_scripts_import_only_what_requirements_list(script):
         elif isinstance(node, ast.ImportFrom):
             modules = [node.module.split(".")[0]]
         for module in modules:
-            optional = module == "wandb"  # imported only behind --track
+            optional = module in ("wandb", *OPTIONAL)  # wandb: imported only behind --track
             listed = IMPORT_NAMES.get(module, module) in requirements
             assert module in sys.stdlib_module_names or listed or optional, module
 
@@ -78,8 +79,9 @@ def test_the_housekeeping_is_the_same_text():
 LENGTHS = {
     "adaptive_rr": (590, 357), "drqv2_plasticity": (805, 379), "redo_dqn_atari": (685, 331),
     "redo_variants": (662, 345), "redo_sac": (600, 341), "drq_eps_atari": (642, 341), "drm": (695, 379),
-    "crl_deep": (840, 341), "drqv2_frozen_encoder": (600, 357),
+    "crl_deep": (840, 341), "drqv2_frozen_encoder": (600, 359),
     "crl_collector": (600 + 240, 341), "crl_baselines": (600 + 240, 345),  # with the environments of crl_deep
+    "drm_metaworld": (700, 387),  # as drm, whose text it is but for the environment
 }  # fmt: skip
 
 
@@ -117,7 +119,7 @@ def test_importing_needs_torch_and_numpy_alone(script):
 @pytest.mark.parametrize("script", SHAPED + STUDIES, ids=lambda path: path.stem)
 def test_what_uv_installs_is_what_the_script_imports(script):
     """PEP 723: as pinned in requirements.txt, and no more."""
-    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M))
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)) | OPTIONAL
     text = script.read_text()
     listed = dict(re.findall(r'^#     "([\w-]+)==([^"]+)",$', text, re.M))
     assert listed.items() <= pinned.items()
@@ -133,8 +135,9 @@ def test_what_uv_installs_is_what_the_script_imports(script):
     imported |= {"mujoco"} if script.stem == "redo_sac" else set()  # gymnasium imports it
     assert set(listed) == imported
     head = tomllib.loads(re.sub("^# ?", "", text.partition("# /// script\n")[2].partition("# ///")[0], flags=re.M))
-    without_labmaze = head.get("tool", {}).get("uv") == {"override-dependencies": ["labmaze ; python_version < '3'"]}
-    assert without_labmaze == ("dm_control" in listed)
+    overrides = ["labmaze ; python_version < '3'"] if "dm_control" in listed else []
+    overrides += ["mujoco==3.17.0"] if "metaworld" in listed else []
+    assert head.get("tool", {}).get("uv", {}).get("override-dependencies", []) == overrides
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -148,7 +151,7 @@ def test_every_flag_is_used_and_documented(script):
     attributes = [node for part in working for node in ast.walk(part) if isinstance(node, ast.Attribute)]
     used = {node.attr for node in attributes if ast.unparse(node.value) in ("args", "self.args")}
     args = [node for part in body if getattr(part, "name", "") in ("Args", "RunArgs") for node in part.body]
-    derived = set("depth width protocol preset reset_times device buffer_device".split())  # they set other things
+    derived = set("depth width protocol settings device buffer_device".split())  # they set other things
     for field in [node for node in args if isinstance(node, ast.AnnAssign)]:
         assert field.target.id in used | derived, f"--{field.target.id} does nothing"
         assert "  # " in text.splitlines()[field.lineno - 1], f"--{field.target.id} has no documentation"
@@ -246,7 +249,7 @@ def test_readme_commands_resolve(command, monkeypatch, tmp_path):
         known = (ROOT / path).read_text()
         for flag in (flag for flag in flags if flag.startswith("--")):
             assert f'"{flag}"' in known or flag in ("--out", "--repeats", "--no-bfloat16"), f"{path} has no {flag}"
-    elif path not in ("tests/run.sh", "benchmark/quickstart.sh"):
+    elif path not in ("install.sh", "tests/run.sh", "benchmark/quickstart.sh"):
         environment = os.environ | dict(setting.split("=", 1) for setting in settings)
         command = ["bash", ROOT / path, *flags, *["--dry-run"] * ("--dry-run" not in flags)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

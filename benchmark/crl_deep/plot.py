@@ -4,10 +4,10 @@
 
 FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig8, fig9, fig10, fig11, fig12, fig13, fig16, fig17 or
 table2. Each is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of
-the last five evaluations. Bands are 95% bootstrap confidence intervals over seeds. Stars are the paper's numbers, at
-its own number of steps and on Brax's physics, which is not the one simulated here; the arm panels of the paper are
-omitted. What quickstart, fig9, fig10 and fig17 show is computed from the run's checkpoint.pt: its last evaluation is
-played again.
+the last five evaluations (fig8: of single ones). Bands are 95% bootstrap confidence intervals over seeds. Stars are the
+paper's numbers, at its own number of steps and on Brax's physics, which is not the one simulated here; the arm panels
+of the paper are omitted. What quickstart, fig9, fig10 and fig17 show is computed from the run's checkpoint.pt: its last
+evaluation is played again.
 """
 
 import argparse
@@ -63,7 +63,7 @@ PALETTE = {"contrastive RL": "C1", "SAC + HER": "C0", "GCBC": "C2", "GCSL": "C3"
 
 
 def depth_of(run) -> int:
-    return run.args.get("critic_depth", run.args["depth"])
+    return run.args["critic_depth" if "critic_depth" in run.args else "depth"]  # baselines have one depth
 
 
 def method_of(run) -> str:
@@ -331,6 +331,7 @@ def main() -> None:
         for name, scores in series.items():
             layers = {v: (4, v) if name == "width" else (v, 256) for v in scores}
             by_parameters[env][name] = {3 * d * w * (w + 3): scores[v] for v, (d, w) in layers.items()}
+    crl_scores = {env: {METHODS["crl"]: scores} for env, scores in PAPER_FIG1.items()}
     figures = {
         "quickstart": quickstart,
         "point": lambda runs, out: curves(runs, out, tag="eval/success_any", label="share of the goals reached"),
@@ -352,7 +353,10 @@ def main() -> None:
             runs, out, depth_of, lambda run: "actor depth capped", "critic depth",
             {env: {"actor depth capped": scores} for env, scores in PAPER_FIG12.items()},
         ),
-        "fig13": lambda runs, out: finals(runs, out, depth_of, method_of, "depth"),
+        "fig13": lambda runs, out: finals(
+            runs, out, depth_of, method_of, "depth",
+            {env: scores for env, scores in crl_scores.items() if any(run.args["env_id"] == env for run in runs)},
+        ),
         "fig16": lambda runs, out: finals(runs, out, depth_of, variant, "depth"),
         "fig17": residual_norms,
         "table2": steps_to_score,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fig. 4: augmentation on and off behind a frozen encoder, half a ResNet-18 trained on ImageNet (the weights are downloaded;
 # without a network: EXTRA="--encoder-weights PATH"). The smoke runs have random weights and a tiny layer behind them.
-# Expect (paper): augmentation wins clearly although the encoder has no plasticity to lose. Walker Walk is named in the
-# authors' slides, the other two tasks are our guess.
+# Expect (paper): augmentation wins clearly although the encoder has no plasticity to lose. Walker Walk is named in an article
+# of the authors, the other two tasks are our guess; so are the million frames of all three.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
 

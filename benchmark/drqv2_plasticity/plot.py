@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, colours, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save
+from plotting import aligned, colours, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save, seeds_text
 
 LABELS = {
     "plain": "no augmentation", "augmentation": "with augmentation", "static0.5": "replay ratio 0.5",
@@ -113,7 +113,8 @@ def rows_of(runs, tag, every_seed=False) -> list:
             frames, values = aligned(part, full_tag(tag))
             rows += [about | dict(seeds=len(part), seed=seed, frames=int(f), mean=m, low=lo, high=hi)
                      for f, m, lo, hi in zip(frames, *mean_and_band(values))]  # fmt: skip
-        marks = [("paper", x * 1e6, y) for x, y in PAPER.get((env_id, tag, name), [])]
+        known = {} if "encoder_weights" in seeds[0].args else PAPER  # Fig. 4 has other numbers, which we do not have
+        marks = [("paper", x * 1e6, y) for x, y in known.get((env_id, tag, name), [])]
         marks += [("event", frame, "") for event in EVENTS for frame in seeds[0].series(event)[0]]
         rows += [about | dict(seeds=kind, seed="", frames=int(x), mean=y, low="", high="") for kind, x, y in marks]
     return rows
@@ -198,7 +199,8 @@ def draw_bar(axis, row, place, arms, height) -> None:
 
 
 def tasks(runs, arms, out) -> None:
-    """The last returns of two arms, side by side on each task; the title has the mean of their ratios."""
+    """The last returns of two arms, side by side on each task; the title has the mean of their ratios (where both are
+    at least 1: a ratio to nothing would rule the mean)."""
     figure, (axis,) = panels(1, width=6, height=1 + 0.4 * len({run.args["env_id"] for run in runs}))
     rows, ratios, names = [], [], []
     for place, (env_id, members) in enumerate(group(runs, lambda run: run.args["env_id"]).items()):
@@ -207,13 +209,15 @@ def tasks(runs, arms, out) -> None:
             draw_bar(axis, pair[name], place + 0.4 * i - 0.2, arms, 0.4)
         rows += pair.values()
         names.append(env_id.removeprefix("dm_control/").removesuffix("-v0"))
-        if len(pair) == 2 and pair[arms[1]]["mean"] > 0:
+        if min(pair[name]["mean"] if name in pair else 0 for name in arms[:2]) >= 1:
             ratios.append(pair[arms[0]]["mean"] / pair[arms[1]]["mean"])
             names[-1] += f"  x {ratios[-1]:.1f}"
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     mean = f"mean ratio {np.mean(ratios):.2f}" if ratios else "no ratio"
-    axis.set(title=f"{mean}, {name_of(arms[0])} / {name_of(arms[1])}", xlabel="last return")
+    counts = group(runs, lambda run: (run.args["env_id"], arm(run))).values()
+    title = f"{name_of(arms[0])} / {name_of(arms[1])}: {mean}\n{seeds_text(counts)}"
+    axis.set(title=title, xlabel="last return")
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     axis.legend(unique.values(), unique.keys(), frameon=False, fontsize=7)

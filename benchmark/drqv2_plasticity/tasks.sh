@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The authors' summary of the effect: last return with and without augmentation on the nine tasks of Figs. 18 and 19 (the runs
-# of those figures), and the mean of their ratios. Their slides say 431% for nine tasks of this suite, but not which ones, nor
+# of those figures), and the mean of their ratios. An article of theirs says 431% for nine tasks of this suite, but not which ones, nor
 # after how many frames: no number of the paper.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drqv2_plasticity/runs.sh
