@@ -51,7 +51,7 @@ Differences from the official code (XuGW-Kevin/DrM), and the reasons for them:
  4. A batch's Q-values are computed once for both losses; the actor's loss computes no gradients for the critic.
  5. Termination stops the bootstrap; officially, a discount of 0 becomes 1 (none of these tasks terminates).
  6. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
-Not in this file: MetaWorld (studies/drm_metaworld.py), Adroit (other networks), A-LIX, TACO.
+Not in this file: MetaWorld and Adroit (studies/drm_metaworld.py, drm_adroit.py), A-LIX, TACO.
 Your own environment: --env-id my_module:MyEnv-v0, or `make_env`. Your own intervention: `train`, under "Perturb". What
 is saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode, and a resumed run begins the next.
 """

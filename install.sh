@@ -2,7 +2,8 @@
 # Installs everything into .venv and puts it on the PATH of the script that sources this file: the pinned packages of
 # requirements.txt, with Python 3.11 to 3.14, and on Linux the EGL libraries that headless rendering needs.
 # On Debian and Ubuntu it fetches missing system packages itself when run as root or with password-less sudo.
-# bash install.sh metaworld adds MetaWorld, for studies/drm_metaworld.py (a script that sources this file: SUITES=metaworld).
+# bash install.sh metaworld, or adroit, adds what studies/drm_metaworld.py, or drm_adroit.py, needs (for scripts that source
+# this file: SUITES="metaworld adroit").
 # PyTorch is the build for CPUs, gigabytes smaller, where no NVIDIA driver is seen; GPU=1 or CPU=1 decide otherwise.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -16,7 +17,7 @@ esac
 suites=${SUITES:-}
 [ "${BASH_SOURCE[0]}" != "$0" ] || suites="$suites $*"
 for suite in $suites; do
-  [ "$suite" = metaworld ] || fail "unknown: $suite; bash install.sh metaworld adds MetaWorld"
+  [ "$suite" = metaworld ] || [ "$suite" = adroit ] || fail "unknown: $suite; known: metaworld, adroit"
 done
 python=""
 for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
@@ -64,7 +65,11 @@ for requirements in requirements.txt ${EXTRA_REQUIREMENTS:-}; do # only what cha
     cp "$requirements" "$stamp"
   fi
 done
-for suite in $suites; do # it asks for an older MuJoCo
-  .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("metaworld"))' || "${pip[@]}" --no-deps metaworld==3.1.1
+for suite in $suites; do
+  if [ "$suite" = metaworld ]; then
+    "${pip[@]}" --no-deps metaworld==3.1.1 # it asks for an older MuJoCo
+  else
+    "${pip[@]}" gymnasium-robotics==1.4.2 -c requirements.txt
+  fi
 done
 PATH="$PWD/.venv/bin:$PATH"

@@ -57,7 +57,7 @@ def run(script, *flags):
 
 def ring_of(script):
     """The class of its replay."""
-    names = ("PixelReplay", "FrameReplay", "TransitionReplay", "GoalReplay", "Replay")
+    names = ("JointReplay", "PixelReplay", "FrameReplay", "TransitionReplay", "GoalReplay", "Replay")
     return next(name for name in names if hasattr(script, name))
 
 

@@ -26,8 +26,8 @@ def sweep_name(path):
     return f"{path.parent.name}/{path.name}"
 
 
-IMPORT_NAMES = {"ale_py": "ale-py"}  # where they differ from the package's
-OPTIONAL = dict(re.findall(r"--no-deps (metaworld)==([\d.]+)", (ROOT / "install.sh").read_text()))
+IMPORT_NAMES = {"ale_py": "ale-py", "gymnasium_robotics": "gymnasium-robotics"}  # where they differ from the package's
+OPTIONAL = dict(re.findall(r"(metaworld|gymnasium-robotics)==([\d.]+)", (ROOT / "install.sh").read_text()))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("benchmark/**/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 README = "\n".join(path.read_text() for path in PAGES)
 
@@ -42,7 +42,7 @@ def test_scripts_import_only_what_requirements_list(script):
         elif isinstance(node, ast.ImportFrom):
             modules = [node.module.split(".")[0]]
         for module in modules:
-            optional = module in ("wandb", *OPTIONAL)  # wandb: imported only behind --track
+            optional = module == "wandb" or IMPORT_NAMES.get(module, module) in OPTIONAL  # wandb: only behind --track
             listed = IMPORT_NAMES.get(module, module) in requirements
             assert module in sys.stdlib_module_names or listed or optional, module
 
@@ -81,7 +81,7 @@ LENGTHS = {
     "redo_variants": (662, 345), "redo_sac": (600, 341), "drq_eps_atari": (642, 341), "drm": (695, 379),
     "crl_deep": (840, 341), "drqv2_frozen_encoder": (600, 359),
     "crl_collector": (600 + 240, 341), "crl_baselines": (600 + 240, 345),  # with the environments of crl_deep
-    "drm_metaworld": (700, 387),  # as drm, whose text it is but for the environment
+    "drm_metaworld": (700, 387), "drm_adroit": (770, 380),  # as drm, whose text it is but for the environment
 }  # fmt: skip
 
 

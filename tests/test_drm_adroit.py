@@ -1,0 +1,277 @@
+"""studies/drm_adroit.py: the environment in a process of its own, fused networks, the replay's joints, whole runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import DRM, assert_same, checkpoint, killed_run, scalars
+
+import adaptive_rr
+import drm
+import drm_adroit as adroit
+
+LOOK = """
+import json
+import numpy as np
+import drm_adroit as adroit
+
+looks = {}
+for name in ("pen", "door", "hammer"):
+    env = adroit.make_env(name, 32)
+    first, info = env.reset(seed=3)
+    again, other = env.reset(seed=3)[0], env.reset(seed=4)[0]
+    look = looks[name] = dict(
+        same=bool((first == again).all()), other=bool((first != other).any()), shape=list(first.shape),
+        joints=info["joints"].tolist(), dtype=str(info["joints"].dtype), success=info["success"],
+        action=env.action_space.shape[0])
+    env.reset(seed=5)
+    hand, official, ours = env.unwrapped, [], []
+    hinge = {"door": hand.data.qpos[4:-2]}.get(name)
+    for _ in range(10):
+        action = env.action_space.sample()
+        rewards = []
+        step = type(hand).step
+
+        def watched(a, step=step):
+            result = step(hand, a)
+            data = hand.data
+            if name == "pen":
+                place = data.xpos[hand.obj_body_id].ravel()
+                wanted = data.site_xpos[hand.eps_ball_site_id].ravel()
+                along = (data.site_xpos[hand.obj_t_site_id] - data.site_xpos[hand.obj_b_site_id]) / hand.pen_length
+                aim = (data.site_xpos[hand.tar_t_site_id] - data.site_xpos[hand.tar_b_site_id]) / hand.tar_length
+                d, c = np.linalg.norm(place - wanted), along @ aim
+                r = -d + c + 10 * (d < 0.075 and c > 0.9) + 50 * (d < 0.075 and c > 0.95) - 5 * (place[2] < 0.075)
+                rewards.append(r / 50)
+            elif name == "door":
+                palm, handle = data.site_xpos[hand.grasp_site_id], data.site_xpos[hand.handle_site_id]
+                h = float(data.qpos[hand.door_hinge_addrs])
+                r = -0.1 * np.linalg.norm(palm - handle) - 0.1 * (h - 1.57) ** 2 - 1e-5 * np.sum(data.qvel**2)
+                rewards.append((r + 2 * (h > 0.2) + 8 * (h > 1.0) + 10 * (h > 1.35)) / 20)
+            else:
+                palm, hammer = data.site_xpos[hand.S_grasp_site_id], data.xpos[hand.obj_body_id]
+                head, nail = data.site_xpos[hand.tool_site_id], data.site_xpos[hand.target_obj_site_id]
+                d = np.linalg.norm(nail - data.site_xpos[hand.goal_site_id])
+                r = -0.1 * np.linalg.norm(palm - hammer) - np.linalg.norm(head - nail) - 10 * d
+                r += -1e-2 * np.linalg.norm(data.qvel) + 2 * (hammer[2] > 0.04 and head[2] > 0.04)
+                rewards.append((r + 25 * (d < 0.02) + 75 * (d < 0.01)) / 100)
+            return result
+
+        hand.step = watched
+        ours.append(float(env.step(action)[1]))
+        official.append(float(sum(rewards)))
+    del hand.step
+    look["rewards"] = [ours, official]
+    env.reset(seed=5)
+    length, ended = 0, [False, False]
+    while not any(ended):
+        *_, terminated, truncated, info = env.step(np.zeros(env.action_space.shape, np.float32))
+        length, ended = length + 1, [bool(terminated), bool(truncated)]
+    look["length"], look["ended"] = length, ended
+
+# A pen that falls ends the episode; a goal that is true for long enough is a success
+env = adroit.make_env("pen", 16)
+env.reset(seed=5)
+env.unwrapped.data.qpos[-4] -= 0.3  # below the hand
+looks["dropped"] = [bool(x) for x in env.step(np.zeros(24, np.float32))[2:4]]
+env = adroit.make_env("door", 16)
+env.reset(seed=5)
+hand, looks["held"] = env.unwrapped, []
+for _ in range(16):
+    hand.data.qpos[hand.door_hinge_addrs] = 1.5
+    hand.data.qvel[:] = 0
+    looks["held"].append(float(env.step(np.zeros(28, np.float32))[4]["success"]))
+print(json.dumps(looks))
+"""
+
+
+def test_the_environment_is_the_official_one():
+    """Seen in a process of its own: dm_control renders in this one."""
+    pytest.importorskip("gymnasium_robotics")
+    root = Path(adroit.__file__).parent.parent
+    environment = os.environ | dict(PYTHONPATH=f"{root / 'studies'}:{root}")
+    done = subprocess.run([sys.executable, "-c", LOOK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    looks = json.loads(done.stdout.splitlines()[-1])
+    for name, actions, length in (("pen", 24, None), ("door", 28, 100), ("hammer", 26, 100)):
+        look = looks[name]
+        assert look["same"] and look["other"] and look["shape"] == [3, 32, 32] and look["action"] == actions
+        assert len(look["joints"]) == 24 and look["dtype"] == "float32" and look["success"] == 0
+        assert np.allclose(*look["rewards"], atol=1e-9), name
+        if length:
+            assert look["length"] == length and look["ended"] == [False, True]
+    pen = looks["pen"]
+    assert pen["ended"] == [True, False] and pen["length"] < 50 or pen["ended"] == [False, True] and pen["length"] == 50
+    assert looks["dropped"] == [True, False]
+    assert looks["held"] == [0.0] * 12 + [1.0] * 4  # more than 25 steps of the simulator, two a step
+
+
+def test_a_run_on_a_real_task():
+    pytest.importorskip("gymnasium_robotics")
+    flags = (
+        "--image-size 24 --hidden-dim 16 --feature-dim 8 --batch-size 8 --learning-starts 10 --exploration-steps 10 "
+    )
+    flags += "--total-timesteps 40 --eval-every 40 --eval-episodes 1"
+    done = subprocess.run([sys.executable, adroit.__file__, *flags.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = Path("runs").iterdir()
+    logged = scalars(run_dir)
+    assert {"eval/success_rate", "drm/dormant_ratio", "losses/value"} <= logged.keys()
+    assert checkpoint(run_dir)["gradient_steps"] == 15 and "joints" not in checkpoint(run_dir)
+
+
+# --- the networks -----------------------------------------------------------------------------------------------------
+def tiny_agent(*flags):
+    args = adroit.parse_args([*TINY, *map(str, flags)])
+    torch.manual_seed(0)
+    return adroit.HandAgent(2, args), args
+
+
+def test_units_of_the_paper():
+    agent = adroit.HandAgent(24, adroit.parse_args([]))
+    features, _ = agent.encoder((torch.zeros(1, 3, 84, 84, dtype=torch.uint8), torch.zeros(1, 24)))
+    outputs = adroit.hand_outputs(agent.actor, features)
+    assert [x.shape[1] for x in outputs] == [50, 1024, 50, 1024, 50, 1024, 1024, 24] and features.shape[
+        1
+    ] == 39_200 + 24
+
+
+def test_fused_trunk_by_hand():
+    agent, _ = tiny_agent()
+    frames, joints = torch.randint(256, (5, 3, 24, 24), dtype=torch.uint8), torch.randn(5, 24)
+    features, _ = agent.encoder((frames, joints))
+    assert torch.equal(features[:, -24:], joints)
+    for network in (agent.actor, agent.critic, agent.critic_target, agent.value):
+        trunk = network.trunk
+        image = torch.tanh(trunk.image_trunk[1](trunk.image_trunk[0](features[:, :-24])))
+        felt = trunk.joint_mlp[2](torch.relu(trunk.joint_mlp[0](joints)))
+        expected = trunk.fusion[2](torch.relu(trunk.fusion[0](image + felt)))
+        assert torch.allclose(trunk(features), expected, atol=1e-6)
+    assert_same(dict(agent.critic.state_dict()), dict(agent.critic_target.state_dict()))
+    mean, _ = agent.actor(features)
+    assert torch.equal(torch.tanh(adroit.hand_outputs(agent.actor, features)[-1]), mean)
+    linear = [m for m in agent.actor.trunk.modules() if isinstance(m, torch.nn.Linear)]
+    assert all(torch.equal(m.bias, torch.zeros_like(m.bias)) for m in linear) and len(linear) == 5
+
+
+def test_every_weight_that_learns_gets_a_gradient_and_perturbation_reaches_all_linear_layers():
+    agent, args = tiny_agent()
+    optimizers = adroit.make_drm_optimizers(agent, args, torch.device("cpu"))
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    frames, joints = torch.randint(256, (2, 6, 3, 24, 24), dtype=torch.uint8), torch.randn(2, 6, 24)
+    batch = [frames[0], joints[0], torch.rand(6, 2), torch.rand(6), torch.full((6,), 0.9), frames[1], joints[1],
+             torch.tensor(100.0)]  # fmt: skip
+    adroit.update(agent, optimizers, args, batch)
+    after = agent.state_dict()
+    assert {name for name in before if torch.equal(before[name], after[name])} <= {"awaken_step"}
+    agent.dormant_ratio.fill_(0.3)
+    adroit.perturb_agent(agent, optimizers, args, torch.Generator().manual_seed(0))
+    for network in (agent.actor, agent.critic, agent.critic_target, agent.value):
+        for module in (network.trunk.joint_mlp, network.trunk.fusion, network.trunk.image_trunk):
+            assert module[0].weight is not None
+    moved = {name for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"actor.trunk.joint_mlp.0.weight", "critic_target.trunk.fusion.2.weight"} <= moved
+
+
+def test_joints_stay_with_their_frames():
+    """The ring has been wrapped around; a frame and its joint angles carry the same number."""
+    replay = adroit.JointReplay(30, 2, torch.device("cpu"), 3, 0.99, (3, 2, 2))
+    number = 0
+    for episode in range(6):
+        for step in range(9 + episode):
+            frame, joints = np.full((3, 2, 2), number, np.uint8), np.full(24, number, np.float32)
+            if step:
+                replay.add(np.zeros(2, np.float32), 1.0, False, frame, joints)
+            else:
+                replay.add_first(frame, joints)
+            number += 1
+    (frames, joints), _, _, _, (next_frames, next_joints) = replay.sample(200, torch.Generator().manual_seed(0))
+    assert frames.shape == (200, 3, 2, 2) and joints.shape == (200, 24)
+    assert torch.equal(frames[:, 0, 0, 0].float(), joints[:, 0]) and torch.equal(
+        next_joints - joints, torch.full((200, 24), 3.0)
+    )
+    assert torch.equal(next_frames[:, 0, 0, 0].float(), next_joints[:, 0])
+    newest = replay.newest()
+    assert float(newest[1][0, 0]) == number - 1
+    other = adroit.JointReplay(30, 2, torch.device("cpu"), 3, 0.99, (3, 2, 2))
+    other.load_state_dict(replay.state_dict())
+    assert torch.equal(other.joints, replay.joints) and replay.state_dict()["joints"].shape == (30, 24)
+
+
+# --- runs on a small environment --------------------------------------------------------------------------------------
+class FeelingDot(gymnasium.Wrapper):
+    """The dot's place as the first two joint angles; success once it has been near the middle."""
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        return obs, info | self.extras(0.0)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, info | self.extras(float(reward > 1.7))
+
+    def extras(self, success):
+        joints = np.zeros(24, np.float32)
+        joints[:2] = self.unwrapped.place
+        return dict(joints=joints, success=success)
+
+
+def feeling_dot(env_id, image_size):
+    return FeelingDot(adaptive_rr.make_env("pixel_env:Dot-v0", image_size))
+
+
+class SerialHands(helpers.SerialEnvironments):
+    def __init__(self, args, num_envs, run):
+        make = [lambda: feeling_dot(args.env_id, args.image_size)] * num_envs
+        self.envs, self.num_envs = gymnasium.vector.SyncVectorEnv(make), num_envs
+
+
+TINY = DRM[2:]
+
+
+@pytest.fixture
+def dots(monkeypatch):
+    monkeypatch.setattr(adroit, "find_spec", lambda name: True)
+    monkeypatch.setattr(adroit, "make_env", feeling_dot)
+    monkeypatch.setattr(adroit, "Environments", SerialHands)
+
+
+def test_killed_and_resumed_is_bit_identical(dots):
+    flags = [*TINY, "--checkpoint-every", 20]
+    whole, part = helpers.run(adroit, *flags), killed_run(adroit, 70, *flags)
+    helpers.run(adroit, "--resume", part)
+    assert_same(checkpoint(whole), checkpoint(part))
+    logged = scalars(whole)
+    assert logged == scalars(part) and 0 <= min(logged["eval/success_rate"].values())
+
+
+def test_the_joints_matter(dots, monkeypatch):
+    """The same run without what the hand feels learns something else."""
+    felt = checkpoint(helpers.run(adroit, *TINY))["agent"]
+    monkeypatch.setattr(
+        FeelingDot, "extras", lambda self, success: dict(joints=np.zeros(24, np.float32), success=success)
+    )
+    numb = checkpoint(helpers.run(adroit, *TINY))["agent"]
+    assert not torch.equal(felt["actor.trunk.joint_mlp.0.weight"], numb["actor.trunk.joint_mlp.0.weight"])
+
+
+def test_settings():
+    args = adroit.parse_args([])
+    assert (args.total_timesteps, args.expectile, args.max_perturb_factor, args.n_step) == (3_050_000, 0.7, 0.9, 3)
+    assert drm.Args.expectile == 0.9
+
+
+def test_bad_input(capsys, monkeypatch):
+    monkeypatch.setattr(adroit, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        helpers.run(adroit, *TINY)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.count("\n") == 1
+    assert "--env-id pen: needs Gymnasium-Robotics: bash install.sh adroit" in printed
