@@ -14,8 +14,8 @@ case $SCALE in
   small) seeds="8 9 10 11 12" envs=point_room depths="4 16" flags="" ;;
   paper) seeds="1 2 3" envs="humanoid ant_big_maze" depths="4 16 64" flags="" ;;
 esac
-for seed in $seeds; do # seed by seed: all arms of one are done before the next begins
-  for depth in $depths; do
+for depth in $depths; do
+  for seed in $seeds; do # all methods of one are done before the next begins
     sweep crl_deep.py fig13 "$envs" "$seed" $flags --depth $depth <<<"crl-d$depth"
     sweep studies/crl_baselines.py fig13 "$envs" "$seed" $flags --depth $depth < <(
       for method in gcbc gcsl sac sac-her; do echo "$method-d$depth --method $method"; done
