@@ -67,7 +67,7 @@ for requirements in requirements.txt ${EXTRA_REQUIREMENTS:-}; do # only what cha
 done
 for suite in $suites; do
   if [ "$suite" = metaworld ]; then
-    "${pip[@]}" --no-deps metaworld==3.1.1 # it asks for an older MuJoCo
+    "${pip[@]}" --no-deps --ignore-requires-python metaworld==3.1.1 # it asks for an older MuJoCo, and for Python below 3.14
   else
     "${pip[@]}" gymnasium-robotics==1.4.2 -c requirements.txt
   fi

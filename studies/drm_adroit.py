@@ -29,14 +29,15 @@ joint angles q, which join the features behind each trunk; E and F are MLPs with
     python studies/drm_adroit.py --env-id pen                     3M steps: for a GPU, not run yet
     SCALE=smoke bash benchmark/drm/fig8_adroit.sh                 DrM and DrQ-v2 on a CPU, the plumbing alone
 
-A step is two steps of the simulator, of which 50 (pen) or 100 are an episode. An episode is a success once the goal has
-been true in more than 20 (pen) or 25 steps of the simulator.
-Differences from the official code (XuGW-Kevin/DrM; 1 to 6 of drm.py hold, too), and the reasons for them:
+An episode has 50 steps (pen) or 100, each two of the simulator's; it is a success once the goal has been true in more
+than 20 (pen) or 25 steps of the simulator. Rewards and returns are scaled as in the official code: 1/50, 1/20, 1/100.
+Differences from the official code (XuGW-Kevin/DrM; 2, 3, 4 and 6 of drm.py hold, too), and the reasons for them:
  7. Gymnasium-Robotics 1.4.2 (-v1); officially, its ancestor on mujoco_py. The models are the same but for cameras and
     the pen's opacity, which are set as there; so are the goals of pen and door, and the end when the pen drops. The
     package rewards distance from handle and hammer, a wrong sign that it knows of (-v2); it is put right here.
  8. A seed decides where things are; officially, nothing does.
- 9. A transition is drawn uniformly; officially, first an episode, which favours the pen's short ones.
+ 9. A transition is drawn uniformly, from the current episode, too; officially, first an episode, which favours the
+    pen's short ones.
 Your own intervention: `train`, under "Perturb". What is saved: `parts` and counters in `train`, between episodes;
 Ctrl-C cuts the episode, and a resumed run begins the next.
 """
@@ -147,7 +148,7 @@ class Args(RunArgs):
 class HandTask(NamedTuple):
     name: str  # in Gymnasium-Robotics: AdroitHand<name>-v1
     episode: int  # steps of the simulator
-    reward_scale: float
+    reward_scale: float  # times the package's reward
     joints: slice  # of the simulator's positions: the hand's 24 joint angles
     camera: tuple  # its place, m; the pen's looks from the front, the others' from above
     hold: int  # steps of the simulator in which the goal must be true, and one more
@@ -509,11 +510,13 @@ class FusedTrunk(nn.Module):
 
     def outputs(self, features) -> list:
         """Those of its linear layers, hidden ones after their ReLU, (batch, units) each."""
-        linear = self.image_trunk[0](features[:, :-JOINTS])
-        hidden = self.joint_mlp[:2](features[:, -JOINTS:])
-        joined = self.joint_mlp[2](hidden)
-        fused = self.fusion[:2](self.image_trunk[1:](linear) + joined)
-        return [linear, hidden, joined, fused, self.fusion[2](fused)]
+        linear_image, norm, tanh = self.image_trunk
+        linear = linear_image(features[:, :-JOINTS])
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 has too few digits for angles
+            hidden = F.relu(self.joint_mlp[0](features[:, -JOINTS:].float()))
+            joined = self.joint_mlp[2](hidden)
+            fused = F.relu(self.fusion[0](tanh(norm(linear.float())) + joined))
+            return [linear, hidden, joined, fused, self.fusion[2](fused)]
 
     def forward(self, features):
         return self.outputs(features)[-1]
@@ -923,6 +926,9 @@ def check_args(args: Args) -> tuple:
     check_idle(args)
     with suppress(ImportError):
         import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
+    steps = TASKS[args.env_id].episode // ACTION_REPEAT
+    if args.n_step > steps:
+        refuse("n_step", args.n_step, f"must be at most {steps}, an episode of --env-id {args.env_id}")
     if not find_spec("gymnasium_robotics"):
         refuse("env_id", args.env_id, "needs Gymnasium-Robotics: bash install.sh adroit")
     try:

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "mujoco==3.17.0",
@@ -24,8 +24,9 @@ exploitation (beta_hat = 0.2):
     exploit  y = sum_{i<n} gamma^i r_{t+i} + gamma^n ( lambda V(s') + (1 - lambda) min_k Q_target_k )       -> `update`
              lambda = 0.6 / (1 + exp((beta - beta_hat) / 0.02)), V: the 0.9-expectile of min_k Q_k   -> `expectile_loss`
 What is new here: the environment (`make_env`), and two sets of settings. The official repository has changed since the
-paper (--settings): release is its first version (2024-03-13), head its last one (2024-05-27), in which episodes have
-250 steps, not 200, n is 10, gamma 0.97, lambda 0.5, and the critic has dropout and layer norms     -> `regularise`
+paper (--settings): release is its state nearest to the paper (2024-03-13), as above; head its last one (2024-05-27), in
+which episodes have 250 steps, not 200, n is 10, not 3, gamma 0.97, not 0.99, lambda a constant 0.5, alpha_max 0.95, and
+the critic has dropout and layer norms                                                                  -> `regularise`
 
     bash install.sh metaworld                                     MetaWorld beside the other packages
     python studies/drm_metaworld.py --env-id coffee-push          1M steps: for a GPU, not run yet
@@ -37,10 +38,12 @@ Differences from the official code (XuGW-Kevin/DrM; 1 to 6 of drm.py hold, too),
  7. MetaWorld 3.1.1 (-v3 tasks) on MuJoCo 3.17; officially, -v2 on mujoco_py. Of nine scripted experts, each in four
     episodes, eight succeed always with MuJoCo 3.3 and 3.17, soccer's 3 and 2 times; places differ by up to 0.44 m.
  8. A seed decides object and goal; officially, they come from NumPy's global generator.
- 9. The first frame is repeated before an episode; in head, zeros stand there.
+ 9. The first frame is repeated before an episode; in head, zeros stand there, and the first frame is stored twice.
 10. A transition is drawn uniformly; officially, first an episode (all have the same length: the same).
 11. The sparse reward is 1 for a step in which the goal is reached; how steps of the simulator add up is not said.
-Kept: object and goal are new in every episode; the picture is turned upright; lambda and alpha_max by task (TASKS).
+12. An evaluation plays on after a success; in release it stops there, and asks for the last step of the simulator.
+13. With head, soccer has the settings of the other tasks; officially, it crashes.
+Kept: object and goal are new in every episode; the picture is turned upright; alpha_max by task (TASKS).
 Which eight tasks Fig. 7 shows is not known to us. Not here: MetaWorld's other cameras, its state vector.
 Your own intervention: `train`, under "Perturb". What is saved: `parts` and counters in `train`, between episodes;
 Ctrl-C cuts the episode, and a resumed run begins the next.
@@ -102,7 +105,7 @@ class Args(RunArgs):
     exp_name: str = "drm_metaworld"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
     env_id: str = "coffee-push"  # a task of MetaWorld without its -v3: coffee-push, soccer, assembly, ...
-    settings: Literal["release", "head"] = "release"  # the official repository's first or last ones
+    settings: Literal["release", "head"] = "release"  # the official repository's: nearest to the paper, or last
     episode_length: Annotated[int, (2, 250)] = 200  # steps of an episode
     sparse: bool = False  # reward 1 for a step in which the goal is reached, 0 for others
     image_size: Annotated[int, (15, 1000)] = 84  # height and width of the frames in pixels
@@ -121,7 +124,9 @@ class Args(RunArgs):
     gamma: Share = 0.99  # discount per step
     tau: Share = 0.01  # Polyak coefficient of the target critic, per gradient step
     learning_rate: NonNegative = 1e-4  # Adam's, for encoder, actor, critic and value network
-    critic_dropout: Share = 0.0  # dropout and a layer norm before the ReLUs of the critic's heads; 0: neither
+    critic_dropout: Annotated[float, (0, 0.99)] = (
+        0.0  # dropout and a layer norm before the ReLUs of the critic's heads; 0: neither
+    )
     feature_dim: Count = 50  # output units of the trunks
     hidden_dim: Count = 1024  # units of each hidden layer of the heads
     stddev_start: NonNegative = 1.0  # standard deviation of the exploration noise at the beginning of its decay
@@ -153,7 +158,7 @@ class Args(RunArgs):
         return HEAD if self.settings == "head" else TASKS.get(self.env_id, {})
 
 
-# What differs from the defaults: by task in the official repository's first version, and for all in its last one
+# What differs from the defaults: by task in the official repository at the paper's time, and for all in its last state
 TASKS = {
     "coffee-push": dict(max_perturb_factor=0.6),
     "soccer": dict(max_perturb_factor=0.6, total_timesteps=1_550_000),
@@ -492,6 +497,7 @@ class MetaWorldAgent(DrMAgent):
         if args.critic_dropout:
             for heads in (self.critic.q1, self.critic.q2, self.critic_target.q1, self.critic_target.q2):
                 regularise(heads, args.critic_dropout)
+            self.critic_target.requires_grad_(False)
 
 
 # === The dormant ratio and what it steers =============================================================================
@@ -876,14 +882,16 @@ def check_args(args: Args) -> tuple:
     check_idle(args)
     with suppress(ImportError):
         import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
+    if args.n_step > args.episode_length:
+        refuse("episode_length", args.episode_length, f"must be at least --n-step {args.n_step}")
     if not find_spec("metaworld"):
         refuse("env_id", args.env_id, "needs pip install --no-deps metaworld==3.1.1: bash install.sh metaworld")
+    if f"{args.env_id}-v3" not in import_module("metaworld").ALL_V3_ENVIRONMENTS:
+        refuse("env_id", args.env_id, "is no task of MetaWorld; some are coffee-push, soccer, assembly, stick-pull")
     try:
         env = make_env(args.env_id, args.image_size, args.episode_length, args.sparse)
         env.reset(seed=0)
         env.close()
-    except KeyError:
-        refuse("env_id", args.env_id, "is no task of MetaWorld; some are coffee-push, soccer, assembly, stick-pull")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
     return device, buffer_device, math.prod(env.action_space.shape)

@@ -132,7 +132,7 @@ def test_what_uv_installs_is_what_the_script_imports(script):
     modules -= {*sys.stdlib_module_names, "wandb"}
     imported = {IMPORT_NAMES.get(module, module) for module in modules}
     imported |= {"tensorboard"} | ({"dm_control", "mujoco"} if "shimmy" in imported else set())
-    imported |= {"mujoco"} if script.stem == "redo_sac" else set()  # gymnasium imports it
+    imported |= {"mujoco"} if script.stem in ("redo_sac", "drm_adroit") else set()  # gymnasium imports it
     assert set(listed) == imported
     head = tomllib.loads(re.sub("^# ?", "", text.partition("# /// script\n")[2].partition("# ///")[0], flags=re.M))
     overrides = ["labmaze ; python_version < '3'"] if "dm_control" in listed else []

@@ -23,7 +23,7 @@ from plotting import aligned, colours, frames_unit, group, load_runs, mean_and_b
 LABELS = {
     "plain": "no augmentation", "augmentation": "with augmentation", "static0.5": "replay ratio 0.5",
     "static2": "replay ratio 2", "adaptive": "adaptive replay ratio", "drqv2": "DrQ-v2", "drm": "DrM",
-    "drm-0.6": "DrM, alpha at most 0.6", "switch-on": "augmentation switched on",
+    "drm-0.6": "DrM, alpha at most 0.6", "drm-head": "DrM, last settings", "switch-on": "augmentation switched on",
     "switch-off": "augmentation switched off",
 }  # fmt: skip
 SUFFIXES = {r"-inject-(\w+)$": r", injection: \1", r"-reset(\d+)$": r", \1 resets"}
