@@ -35,6 +35,8 @@ TD_LOSS, Q_CHANGE, ALIVE = "losses/td", "events/redo_q_change", "events/alive"
 DORMANT = "dormant_ratio_tau{}/all"
 DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/critics"
 NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
+ARMS = {"least": "least active", "most": "most active", "cbp": "least useful (CBP)", "redo": "ReDo", "sac": "SAC",
+        "reset": "resets", "weight-decay": "weight decay"}  # fmt: skip
 LABELS = {RETURN: "return", RANK: "feature rank, dense", TD_LOSS: "TD loss", ALIVE: "neurons not pruned",
           Q_CHANGE: "q-change by recycling"}  # fmt: skip
 PREFIXES = {"dormant_ratio_tau": "dormant neurons, tau ", "overlap_": "overlap, "}
@@ -103,7 +105,7 @@ def label_of(tag: str) -> str:
 
 
 def draw_line(axis, x, mean, low, high, name, color, star=None) -> None:
-    axis.plot(x, mean, color=color, label=name)
+    axis.plot(x, mean, "o" if len(x) == 1 else "-", color=color, label=ARMS.get(name, name))
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     if star is not None:
         axis.plot(1.02, star, "*", color=color, ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
@@ -174,7 +176,8 @@ def curves(runs, out, tags, papers=(), against_gradient_steps=False) -> None:
             paper = paper.get(env_id, paper if len(games) == 1 else None) if paper else None
             axis = axes[row * len(tags) + column]
             rows += draw_curves(axis, members, tag, paper, against_gradient_steps)
-    save(figure, rows, out, NOTE if papers else NOTE.partition(" Stars")[0])
+    starred = any(row["paper"] is not None for row in rows)
+    save(figure, rows, out, NOTE if starred else NOTE.partition(" Stars")[0])
 
 
 def headline(runs, out, paper, tag=None, tag_paper=None, env_id="ALE/DemonAttack-v5") -> None:
