@@ -124,9 +124,7 @@ class Args(RunArgs):
     gamma: Share = 0.99  # discount per step
     tau: Share = 0.01  # Polyak coefficient of the target critic, per gradient step
     learning_rate: NonNegative = 1e-4  # Adam's, for encoder, actor, critic and value network
-    critic_dropout: Annotated[float, (0, 0.99)] = (
-        0.0  # dropout and a layer norm before the ReLUs of the critic's heads; 0: neither
-    )
+    critic_dropout: Annotated[float, (0, 0.99)] = 0.0  # in the critic's heads, with layer norms; 0: neither
     feature_dim: Count = 50  # output units of the trunks
     hidden_dim: Count = 1024  # units of each hidden layer of the heads
     stddev_start: NonNegative = 1.0  # standard deviation of the exploration noise at the beginning of its decay

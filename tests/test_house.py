@@ -81,7 +81,7 @@ LENGTHS = {
     "redo_variants": (662, 345), "redo_sac": (600, 341), "drq_eps_atari": (642, 341), "drm": (695, 379),
     "crl_deep": (840, 341), "drqv2_frozen_encoder": (600, 359),
     "crl_collector": (600 + 240, 341), "crl_baselines": (600 + 240, 345),  # with the environments of crl_deep
-    "drm_metaworld": (700, 387), "drm_adroit": (770, 380),  # as drm, whose text it is but for the environment
+    "drm_metaworld": (705, 390), "drm_adroit": (745, 384),  # as drm, whose text it is but for the environment
 }  # fmt: skip
 
 
