@@ -78,6 +78,22 @@ def load_runs(pattern: str, folder: str = "runs") -> list:
     return [runs[key] for key in sorted(runs)]
 
 
+def run_to_film(*scripts: str) -> Path:
+    """The command line's one argument, the folder of a run of one of these scripts; else one line, and exit code 2."""
+    try:
+        (folder,) = map(Path, sys.argv[1:])
+        script = json.loads((folder / "args.json").read_text())["script"]
+        (folder / "checkpoint.pt").stat()
+    except (ValueError, OSError):
+        print(f"usage: python {sys.argv[0]} RUN_DIR (with args.json and checkpoint.pt)", file=sys.stderr)
+        raise SystemExit(2) from None
+    if script not in scripts:
+        line = f"a run of {script}.py; this films {', '.join(scripts)}. While it trains: --capture-video"
+        print(f"error: {folder}: {line}", file=sys.stderr)
+        raise SystemExit(2)
+    return folder
+
+
 def asked(description: str) -> tuple:
     """The command line of a script that draws one figure -> the runs, and the path of the picture without ending."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

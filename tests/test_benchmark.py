@@ -501,6 +501,23 @@ def test_film(monkeypatch, capsys):
     assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
 
 
+def test_a_film_refuses_what_it_cannot_film(monkeypatch, capsys):
+    """Runs of other scripts, folders that are none: one line, no traceback."""
+    Path("run").mkdir()
+    for argv, line in (([], "usage: python film.py RUN_DIR"), (["run"], "usage: "), (["a", "b"], "usage: ")):
+        monkeypatch.setattr(sys, "argv", ["film.py", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            plotting.run_to_film("drm")
+        assert stopped.value.code == 2 and capsys.readouterr().err.startswith(line)
+    Path("run/args.json").write_text('{"script": "drm_adroit"}')
+    Path("run/checkpoint.pt").touch()
+    monkeypatch.setattr(sys, "argv", ["film.py", "run"])
+    with pytest.raises(SystemExit) as stopped:
+        plotting.run_to_film("drm", "adaptive_rr")
+    assert stopped.value.code == 2 and "this films drm, adaptive_rr." in capsys.readouterr().err
+    assert plotting.run_to_film("drm_adroit") == Path("run")
+
+
 OFFICIAL = """
 import wandb_that_nobody_has
 class Actor:

@@ -12,7 +12,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported
 from moviepy import ImageSequenceClip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import load_module
+from plotting import load_module, run_to_film
 
 looks = load_module("crl_deep/looks.py")
 crl = looks.crl
@@ -43,7 +43,4 @@ def film(run_dir: Path) -> Path:
 
 PACKAGES = "apt-get install libegl1 libgl1-mesa-dri libglx-mesa0 libopengl0"
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "checkpoint.pt").exists():
-        print("usage: python benchmark/crl_deep/film.py RUN_DIR (with args.json and checkpoint.pt)", file=sys.stderr)
-        raise SystemExit(2)
-    print(film(Path(sys.argv[1])))
+    print(film(run_to_film("crl_deep")))

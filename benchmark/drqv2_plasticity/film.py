@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from moviepy import ImageSequenceClip
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from plotting import run_to_film
 
 
 def film(run_dir: Path, size: int = 336, max_steps: int = 1000) -> Path:
@@ -44,7 +46,4 @@ def film(run_dir: Path, size: int = 336, max_steps: int = 1000) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "checkpoint.pt").exists():
-        print("usage: python benchmark/drqv2_plasticity/film.py RUN_DIR (with a checkpoint.pt)", file=sys.stderr)
-        raise SystemExit(2)
-    print(film(Path(sys.argv[1])))
+    print(film(run_to_film("drqv2_plasticity", "adaptive_rr", "drm")))

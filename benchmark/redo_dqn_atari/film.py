@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from moviepy import ImageSequenceClip
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from plotting import run_to_film
+
 import redo_dqn_atari as redo
 
 
@@ -43,9 +46,4 @@ def film(run_dir: Path, max_steps: int = 4500) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "checkpoint.pt").exists():
-        print(
-            "usage: python benchmark/redo_dqn_atari/film.py RUN_DIR (with args.json and checkpoint.pt)", file=sys.stderr
-        )
-        raise SystemExit(2)
-    print(film(Path(sys.argv[1])))
+    print(film(run_to_film("redo_dqn_atari")))
