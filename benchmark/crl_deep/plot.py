@@ -2,8 +2,8 @@
 
     python benchmark/crl_deep/plot.py fig1 --runs "fig1-smoke-*" --out runs/figures/fig1
 
-FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig8, fig9, fig10, fig11, fig12, fig13, fig16, fig17 or
-table2. Each is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of
+FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig8, fig9, fig10, fig11, fig12, baselines, fig13, fig16,
+fig17 or table2. Each is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of
 the last five evaluations (fig8: of single ones). Bands are 95% bootstrap confidence intervals over seeds. Stars are the
 paper's numbers, at its own number of steps and on Brax's physics, which is not the one simulated here; the arm panels
 of the paper are omitted. What quickstart, fig9, fig10 and fig17 show is computed from the run's checkpoint.pt: its last
@@ -76,27 +76,27 @@ def final(runs, tag=SCORE) -> tuple:
     return *(float(x[0]) for x in mean_and_band(values)), min(run.series(tag)[0][-1] for run in runs)
 
 
-def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal") -> None:
-    """Figs. 1 and 11: a panel per environment, a curve per depth, the paper's end points as stars."""
+def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal", series=depth_of) -> None:
+    """Figs. 1 and 11: a panel per environment, a curve per depth (or method), the paper's end points as stars."""
     environments = group(runs, lambda run: run.args["env_id"])
     figure, axes = panels(len(environments))
     rows = []
     for axis, (env_id, env_runs) in zip(axes, environments.items()):
-        depths = group(env_runs, depth_of)
-        for i, (depth, seeds) in enumerate(depths.items()):
+        members = group(env_runs, series)
+        for i, (name, seeds) in enumerate(members.items()):
             steps, values = aligned(seeds, tag)
             mean, low, high = mean_and_band(values)
-            color = plt.cm.viridis(0.9 * i / max(len(depths) - 1, 1))
-            axis.plot(steps / 1e6, mean, color=color, label=f"depth {depth}")
+            color = PALETTE.get(name, plt.cm.viridis(0.9 * i / max(len(members) - 1, 1)))
+            axis.plot(steps / 1e6, mean, color=color, label=name if name in PALETTE else f"depth {name}")
             axis.fill_between(steps / 1e6, low, high, color=color, alpha=0.2, linewidth=0)
-            known = (paper or {}).get(env_id, {}).get(depth)
+            known = (paper or {}).get(env_id, {}).get(name)
             if known is not None:
                 axis.plot(1.02, known, "*", color=color, ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
             rows += [
-                dict(env_id=env_id, depth=depth, seeds=len(seeds), step=int(s), mean=m, low=lo, high=hi, paper=known)
+                dict(env_id=env_id, series=name, seeds=len(seeds), step=int(s), mean=m, low=lo, high=hi, paper=known)
                 for s, m, lo, hi in zip(steps, mean, low, high)
             ]
-        axis.set(title=f"{env_id}\n{seeds_text(depths.values())}", xlabel="million environment steps", ylabel=label)
+        axis.set(title=f"{env_id}\n{seeds_text(members.values())}", xlabel="million environment steps", ylabel=label)
         axis.legend(frameon=False, fontsize=7)
     save(figure, rows, out, NOTE if paper else BANDS)
 
@@ -353,6 +353,7 @@ def main() -> None:
             runs, out, depth_of, lambda run: "actor depth capped", "critic depth",
             {env: {"actor depth capped": scores} for env, scores in PAPER_FIG12.items()},
         ),
+        "baselines": lambda runs, out: curves(runs, out, tag="eval/time_at_goal", series=method_of),
         "fig13": lambda runs, out: finals(
             runs, out, depth_of, method_of, "depth",
             {env: scores for env, scores in crl_scores.items() if any(run.args["env_id"] == env for run in runs)},
