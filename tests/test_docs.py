@@ -22,6 +22,15 @@ def test_every_snippet_runs(capsys):
     assert namespace["loss"].isfinite() and "actor.trunk.head.weight" in namespace["weights"]
 
 
+def test_the_snippet_of_the_readme_runs():
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    namespace = {}
+    exec(compile(snippet, "README.md", "exec"), namespace)
+    (mask,) = namespace["masks"]
+    assert mask.shape == (64,) and 0 < mask.sum() < 64
+    assert (namespace["network"][2].weight[:, mask] == 0).all()
+
+
 LESSONS = sorted((ROOT / "docs/lessons").glob("*.md"))
 
 
