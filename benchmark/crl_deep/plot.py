@@ -3,11 +3,11 @@
     python benchmark/crl_deep/plot.py fig1 --runs "fig1-smoke-*" --out runs/figures/fig1
 
 FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig8, fig9, fig10, fig11, fig12, baselines, fig13, fig16,
-fig17 or table2. Each is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal, mean of
-the last five evaluations (fig8: of single ones). Bands are 95% bootstrap confidence intervals over seeds. Stars are the
-paper's numbers, at its own number of steps and on Brax's physics, which is not the one simulated here; the arm panels
-of the paper are omitted. What quickstart, fig9, fig10 and fig17 show is computed from the run's checkpoint.pt: its last
-evaluation is played again.
+fig17 or table2. Each is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal,
+mean of the last five evaluations (fig8: of single ones). Bands are 95% bootstrap confidence intervals over seeds.
+Stars are the paper's numbers, at its own number of steps and on Brax's physics, which is not the one simulated here;
+the arm panels of the paper are omitted. What quickstart, fig9, fig10 and fig17 show is computed from the run's
+checkpoint.pt: its last evaluation is played again.
 """
 
 import argparse
