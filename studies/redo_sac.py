@@ -32,7 +32,7 @@ Return after 1M steps, 10 seeds, of SAC, ReDo, weight decay and resets: Ant 5000
 The primacy bias (Nikishin et al. 2022, on another task; so the slides of Ma et al.): at a replay ratio of 9 SAC fails.
 Does a new agent fail, too, that begins with the failed one's replay (--replay-from)? If not, the network has failed.
 
-    SCALE=small bash benchmark/redo_dqn_atari/sac_fig14.sh       Figs. 14, 18 in small; others: README.md there
+    SCALE=small bash benchmark/redo_dqn_atari/sac_fig14.sh       Figs. 14, 18 at small scale; others: README.md there
     python studies/redo_sac.py                   ReDo on Ant for 1M steps: hours on a CPU, not run yet
     python studies/redo_sac.py --method sac      SAC alone; --env-id HalfCheetah-v5, Hopper-v5, Walker2d-v5
 

@@ -215,7 +215,7 @@ def test_heavy_priming(calls):
 
 
 def test_heavy_priming_on_fewer_transitions_than_a_batch(calls):
-    """The slides' 100 transitions, in small: a batch may hold a transition more than once."""
+    """The slides' 100 transitions, at small scale: a batch may hold a transition more than once."""
     run(*PIXELS, "--priming-gradient-steps", 20, "--learning-starts", 5, "--exploration-steps", 5)
     assert calls["update"][:22] == [5] * 20 + [6, 8]
 

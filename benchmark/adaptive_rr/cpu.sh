@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ours: a switch in small, on a CPU: Cartpole Balance, pictures of 48 x 48, small heads, a check every 2 episodes and a
+# Ours: a switch at small scale, on a CPU: Cartpole Balance, pictures of 48 x 48, small heads, a check every 2 episodes and a
 # threshold of 0.005 instead of 50 and 0.001, 8000 steps. SCALE=small: two of the three runs took 40 minutes on two busy
 # cores, the one with replay ratio 2 throughout was not finished. paper: 3 seeds.
 source "$(dirname "$(realpath "$0")")/../common.sh"

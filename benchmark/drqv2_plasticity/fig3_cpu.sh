@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fig. 3 in small on a CPU: Walker Walk with and without augmentation, 30,000 steps (60,000 frames), pictures of 48 x 48,
+# Fig. 3 at small scale on a CPU: Walker Walk with and without augmentation, 30,000 steps (60,000 frames), pictures of 48 x 48,
 # heads of 256 units, batches of 64, n-step 3, float32 (--precision bfloat16 only on CPUs with instructions for it: without
 # them an update took 8 times as long). SCALE=small: six runs, about 50 minutes each, alone on two cores.
 # Expected, and written down before the runs: the critic's active units are higher with augmentation than without by at
