@@ -1,6 +1,7 @@
 """What the tests of whole runs share: running a script's command line, and comparing what runs left behind."""
 
 import gc
+import math
 import os
 import signal
 import sys
@@ -145,6 +146,59 @@ def killed_run(script, step, *flags):
         return flags[flags.index("--resume") + 1]
     (part,) = set(Path("runs").iterdir()) - before
     return part
+
+
+def assert_killed_and_resumed_is_the_same(script, dies, *flags):
+    """Checkpoints at the ends of episodes of 20 steps; dies in this step, and once more within the resumed run."""
+    flags = [*flags, "--checkpoint-every", 15]
+    whole, replay = run_and_replay(script, *flags)
+    part = killed_run(script, dies, *flags)
+    saved = checkpoint(part)["global_step"]
+    assert saved == (dies - 1) // 20 * 20
+    assert killed_run(script, 23, "--resume", part) == part and checkpoint(part)["global_step"] == saved + 20
+    _, resumed = run_and_replay(script, "--resume", part)
+    assert_same(checkpoint(whole), checkpoint(part))
+    assert_same(replay, resumed)
+    assert scalars(whole) == scalars(part)
+
+
+def at_call(monkeypatch, where, name, number, action):
+    """Calls action() before the number-th call of where.name."""
+    function, count = getattr(where, name), []
+
+    def acting(*values, **options):
+        count.append(0)
+        if len(count) == number:
+            action()
+        return function(*values, **options)
+
+    monkeypatch.setattr(where, name, acting)
+
+
+# In the third episode's reset, in acting and in a step of it, and in the reset and a step of evaluations: the function,
+# which call of it, and the step at which the run is then saved
+SIGNALS = [
+    ("reset", 4, 40), ("act", 47, 46), ("step_wait", 62, 42), ("reset", 5, 60), ("step_wait", 82, 60), ("reset", 1, 0),
+]  # fmt: skip
+
+
+def signalled_run(script, name, call, step, capsys, *flags):
+    """A pixel run of 120 steps that gets a SIGTERM there, cuts its episode, saves, and is resumed -> its scalars."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        where = script if name == "act" else SerialEnvironments
+        at_call(patch, where, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(script, *flags)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 143 and "SIGTERM; saved as checkpoint.pt; to continue: --resume runs/" in printed
+    (run_dir,) = Path("runs").iterdir()
+    saved = checkpoint(run_dir)
+    assert saved["global_step"] == step and saved["episode"] == math.ceil(step / 20)
+    run(script, "--resume", run_dir)
+    assert checkpoint(run_dir)["global_step"] == 120 and (run_dir / "summary.json").exists()
+    logged = scalars(run_dir)
+    assert set(logged["charts/episodic_length"]) == {*range(20, step + 1, 20), *range(step + 20, 121, 20)}
+    assert set(logged["eval/episodic_return"]) == {0, 60 + step % 20, 120}
+    return logged
 
 
 def checkpoint(run_dir):

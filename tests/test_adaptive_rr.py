@@ -4,9 +4,7 @@ import copy
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +20,6 @@ from helpers import (
     assert_golden,
     assert_same,
     checkpoint,
-    killed_run,
-    run_and_replay,
     scalars,
 )
 
@@ -298,52 +294,12 @@ def test_bfloat16_and_compile_change_digits_but_not_results(serial, quick_compil
 @pytest.mark.parametrize("flags", [EAGER, ["--rr-switch-step", 70], [*STATIC, "--n-step", 1]], ids=str)
 @pytest.mark.parametrize("dies", [61, 73, 95])
 def test_killed_and_resumed_is_bit_identical(flags, dies, serial):
-    """Checkpoints at steps 20, 40, ...; then killed once more within the resumed run."""
-    flags = [*ADAPTIVE, *flags, "--checkpoint-every", 15]
-    whole, replay = run_and_replay(rr, *flags)
-    part = killed_run(rr, dies, *flags)
-    saved = checkpoint(part)["global_step"]
-    assert saved == (dies - 1) // 20 * 20
-    assert killed_run(rr, 23, "--resume", part) == part and checkpoint(part)["global_step"] == saved + 20
-    _, resumed = run_and_replay(rr, "--resume", part)
-    assert_same(checkpoint(whole), checkpoint(part))
-    assert_same(replay, resumed)
-    assert scalars(whole) == scalars(part)
+    helpers.assert_killed_and_resumed_is_the_same(rr, dies, *ADAPTIVE, *flags)
 
 
-def at_call(monkeypatch, where, name, number, action):
-    """Calls action() before the number-th call of where.name."""
-    function, count = getattr(where, name), []
-
-    def acting(*values, **options):
-        count.append(0)
-        if len(count) == number:
-            action()
-        return function(*values, **options)
-
-    monkeypatch.setattr(where, name, acting)
-
-
-@pytest.mark.parametrize("name, call, step", [
-    ("reset", 4, 40), ("act", 47, 46), ("step_wait", 62, 42), ("reset", 5, 60), ("step_wait", 82, 60), ("reset", 1, 0),
-], ids=str)  # fmt: skip
-def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, serial, monkeypatch, capsys):
-    """In the third episode's reset, in acting and in a step of it, and in the reset and a step of evaluations."""
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        where = rr if name == "act" else SerialEnvironments
-        at_call(patch, where, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run(*ADAPTIVE)
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 143 and "SIGTERM; saved as checkpoint.pt; to continue: --resume runs/" in printed
-    (run_dir,) = Path("runs").iterdir()
-    saved = checkpoint(run_dir)
-    assert saved["global_step"] == step and saved["episode"] == math.ceil(step / 20)
-    run("--resume", run_dir)
-    assert checkpoint(run_dir)["global_step"] == 120 and (run_dir / "summary.json").exists()
-    logged = scalars(run_dir)
-    whole_episodes = {*range(20, step + 1, 20), *range(step + 20, 121, 20)}
-    assert set(logged["charts/episodic_length"]) == whole_episodes
-    assert set(logged["eval/episodic_return"]) == {0, 60 + step % 20, 120}
+@pytest.mark.parametrize("name, call, step", helpers.SIGNALS)
+def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, serial, capsys):
+    helpers.signalled_run(rr, name, call, step, capsys, *ADAPTIVE)
 
 
 def test_resume_without_the_replay_refills_it(serial, capsys):

@@ -3,9 +3,7 @@
 import copy
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -29,7 +27,6 @@ from helpers import (
     scalars,
     stopped_run,
 )
-from test_adaptive_rr import at_call
 
 import adaptive_rr as rr
 import drm
@@ -588,38 +585,12 @@ def test_no_perturbation_in_the_checkpoints_of_an_evaluation(serial):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dies", [51, 61, 95])
 def test_killed_and_resumed_is_bit_identical(flags, dies, serial):
-    """Checkpoints at steps 20, 40, ...; then killed once more within the resumed run."""
-    flags = [*DRM, *flags, "--checkpoint-every", 15]
-    whole, replay = run_and_replay(drm, *flags)
-    part = killed_run(drm, dies, *flags)
-    saved = checkpoint(part)["global_step"]
-    assert saved == (dies - 1) // 20 * 20
-    assert killed_run(drm, 23, "--resume", part) == part and checkpoint(part)["global_step"] == saved + 20
-    _, resumed = run_and_replay(drm, "--resume", part)
-    assert_same(checkpoint(whole), checkpoint(part))
-    assert_same(replay, resumed)
-    assert scalars(whole) == scalars(part)
+    helpers.assert_killed_and_resumed_is_the_same(drm, dies, *DRM, *flags)
 
 
-@pytest.mark.parametrize("name, call, step", [
-    ("reset", 4, 40), ("act", 47, 46), ("step_wait", 62, 42), ("reset", 5, 60), ("step_wait", 82, 60), ("reset", 1, 0),
-], ids=str)  # fmt: skip
-def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, serial, monkeypatch, capsys):
-    """In the third episode's reset, in acting and in a step of it, and in the reset and a step of evaluations."""
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        where = drm if name == "act" else SerialEnvironments
-        at_call(patch, where, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run(*DRM)
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 143 and "SIGTERM; saved as checkpoint.pt; to continue: --resume runs/" in printed
-    (run_dir,) = Path("runs").iterdir()
-    saved = checkpoint(run_dir)
-    assert saved["global_step"] == step and saved["episode"] == math.ceil(step / 20)
-    run("--resume", run_dir)
-    assert checkpoint(run_dir)["global_step"] == 120 and (run_dir / "summary.json").exists()
-    logged = scalars(run_dir)
-    assert set(logged["charts/episodic_length"]) == {*range(20, step + 1, 20), *range(step + 20, 121, 20)}
-    assert set(logged["eval/episodic_return"]) == {0, 60 + step % 20, 120}
+@pytest.mark.parametrize("name, call, step", helpers.SIGNALS)
+def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, serial, capsys):
+    logged = helpers.signalled_run(drm, name, call, step, capsys, *DRM)
     assert set(logged["events/perturb_factor"]) == {51, 101}
 
 

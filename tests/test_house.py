@@ -106,7 +106,7 @@ def test_lengths(script):
     )
 
 
-@pytest.mark.parametrize("script", SHAPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_importing_needs_torch_and_numpy_alone(script):
     lines = [f"import sys, torch, numpy; sys.path.insert(0, {str(script.parent)!r})"]
     others = "gymnasium mujoco moviepy ale_py tyro tensorboard tqdm shimmy".split()
@@ -116,7 +116,7 @@ def test_importing_needs_torch_and_numpy_alone(script):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", SHAPED + STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_what_uv_installs_is_what_the_script_imports(script):
     """PEP 723: as pinned in requirements.txt, and no more."""
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)) | OPTIONAL

@@ -1,6 +1,5 @@
 """The study of Fig. 3 of Sokar et al.: data, scores, recycling in any network, permuted labels, whole runs."""
 
-import ast
 import gzip
 import io
 import json
@@ -431,18 +430,3 @@ def test_the_command_line_of_a_copy_in_an_empty_folder():
     assert done.returncode == 0 and "of the neurons are dormant" in done.stdout, done.stderr
     (run_dir,) = Path("copy/runs").iterdir()
     assert {path.name.split(".")[0] for path in run_dir.iterdir()} == {"args", "mine", "summary", "events"}
-
-
-def test_importing_needs_torch_and_numpy_only():
-    imports = set()
-    for node in ast.parse(Path(study.__file__).read_text()).body:
-        if isinstance(node, ast.Import):
-            imports |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imports.add(node.module.split(".")[0])
-    assert imports - sys.stdlib_module_names == {"numpy", "torch"}
-
-
-def test_the_head_lists_what_requirements_pin():
-    listed = [line[7:-2] for line in Path(study.__file__).read_text().splitlines() if line.startswith('#     "')]
-    assert len(listed) == 4 and set(listed) <= set((ROOT / "requirements.txt").read_text().split())

@@ -1,6 +1,5 @@
 """Variants of ReDo: which neurons, how they are re-drawn, pruning; what Adam forgets; the official code's mask."""
 
-import ast
 import copy
 import math
 import os
@@ -601,18 +600,3 @@ def test_a_copy_in_an_empty_folder_runs():
     assert run_dir.name.startswith("ALE-DemonAttack-v5__tiny__1__")
     files = {path.name for path in run_dir.iterdir() if not path.name.startswith("events")}
     assert files == {"args.json", "checkpoint.pt", "lock", "summary.json", "model.pt", "mine.py"}
-
-
-def test_importing_needs_torch_and_numpy_only():
-    imports = set()
-    for node in ast.parse(Path(study.__file__).read_text()).body:
-        if isinstance(node, ast.Import):
-            imports |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imports.add(node.module.split(".")[0])
-    assert imports - sys.stdlib_module_names == {"numpy", "torch"}
-
-
-def test_the_head_lists_what_requirements_pin():
-    listed = [line[7:-2] for line in Path(study.__file__).read_text().splitlines() if line.startswith('#     "')]
-    assert len(listed) == 8 and set(listed) <= set((ROOT / "requirements.txt").read_text().split())
