@@ -31,7 +31,7 @@ trap 'rm -f "$failures"' EXIT
 
 stop() { # stop EXIT_CODE: all runs save and end
   trap "" INT TERM
-  echo "$name: stopping; the runs save, the same line goes on with them" >&2
+  echo "$name: stopping; the runs save, the same command resumes them" >&2
   local workers
   workers=$(jobs -p)
   [ -z "$workers" ] || kill -TERM $workers 2>/dev/null || true
@@ -57,7 +57,7 @@ work() { # work LOG COMMAND ...: runs it and passes SIGTERM on to it; stopped ru
 }
 
 held() { # held FOLDER: another process works on this run
-  [ -e "$1lock" ] && ! python -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)' "$1lock" 2>/dev/null
+  [ -e "$1lock" ] && ! python -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)' "$1lock" 2>/dev/null
 }
 
 run() { # run SCRIPT ENV_ID EXP_NAME SEED [flags ...]; ENV_ID is - for a study that has none

@@ -33,14 +33,16 @@ def load_module(path: str):
 
 
 # The same in every picture
-BASELINES = ("plain", "drqv2", "dqn", "sac", "drq", "rr0.25", "static0.5")
+BASELINES = ("plain", "drqv2", "dqn", "sac", "drq", "relu", "rr0.25", "static0.5")
 METHODS = ("augmentation", "drm", "redo", "redo-rr1", "new", "adaptive")
 
 
 def colours(arms) -> dict:
-    """A colour for every arm: the baseline blue, the paper's method orange, the other ones the rest."""
+    """A colour for every arm: the baseline blue, the paper's method orange, the other ones the rest. Where nothing is
+    without augmentation, augmentation alone is the baseline."""
     rest = (f"C{i}" for i in itertools.count(2))
-    return {arm: "C0" if arm in BASELINES else "C1" if arm in METHODS else next(rest) for arm in arms}
+    baselines = BASELINES if "plain" in arms else (*BASELINES, "augmentation")
+    return {arm: "C0" if arm in baselines else "C1" if arm in METHODS else next(rest) for arm in arms}
 
 
 @dataclass
@@ -63,19 +65,42 @@ def load_runs(pattern: str, folder: str = "runs") -> list:
     """All runs whose --exp-name matches the shell pattern, sorted by environment, name and seed.
 
     SystemExit where there is none. A run that is not finished counts too, as far as it got. Of several folders with one
-    environment, name and seed the newest counts: the others were stopped before they could be resumed.
+    environment, name and seed the newest finished one counts, as sweeps have it, or else the newest.
     """
-    runs = {}
+    found = {}
     for path in sorted(Path(folder).glob("*/args.json")):
         description = json.loads(path.read_text())
         if fnmatch(description["args"]["exp_name"], pattern):
-            events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0})
-            events.Reload()
             key = tuple(description["args"].get(name, "") for name in ("env_id", "exp_name", "seed"))  # studies: no env
-            runs[key] = Run(path.parent, description["args"], description["action_repeat"], events)
-    if not runs:
+            finished = (path.parent / "summary.json").exists()
+            if finished or not found.get(key, (False,))[0]:
+                found[key] = finished, path.parent, description
+    if not found:
         raise SystemExit(f"error: no run under {folder}/ has an --exp-name that matches {pattern}")
-    return [runs[key] for key in sorted(runs)]
+    runs = []
+    for _, (_, path, description) in sorted(found.items(), key=lambda item: item[0]):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events.Reload()
+        runs.append(Run(path, description["args"], description["action_repeat"], events))
+    return runs
+
+
+def logged(runs: list, tag: str) -> list:
+    """The runs that have logged a tag. SystemExit where there is none."""
+    runs = [run for run in runs if len(run.series(tag)[0])]
+    if not runs:
+        raise SystemExit(f"error: none of these runs has logged {tag} yet")
+    return runs
+
+
+def comparable(runs: list, arm, tag: str) -> list:
+    """The runs that have logged a tag, on the tasks where every arm(run) has one that did. SystemExit without any."""
+    runs = logged(runs, tag)
+    tasks = [{run.args["env_id"] for run in members} for members in group(runs, arm).values()]
+    shared = set.intersection(*tasks)
+    if not shared:
+        raise SystemExit(f"error: no task has runs of all arms that have logged {tag}")
+    return [run for run in runs if run.args["env_id"] in shared]
 
 
 def run_to_film(*scripts: str) -> Path:
@@ -131,9 +156,21 @@ def aligned(runs: list, tag: str) -> tuple:
     return steps, np.stack([np.interp(steps, x, y) for x, y in series])
 
 
-def seeds_text(groups) -> str:
-    """For a caption: "n seeds", or "n to m seeds"."""
-    counts = sorted({len(runs) for runs in groups})
+def aligned_tasks(runs: list, tag: str) -> tuple:
+    """As `aligned`, for one arm's runs on several tasks, all on the first task's steps, up to the end of the shortest
+    run -> steps (points,), {task: (seeds, points)}."""
+    tasks = {task: aligned(seeds, tag) for task, seeds in group(runs, lambda run: run.args["env_id"]).items()}
+    end = min(steps[-1] for steps, _ in tasks.values())
+    first = next(iter(tasks.values()))[0]
+    grid = first[first <= end]
+    return grid, {
+        task: np.stack([np.interp(grid, steps, line) for line in values]) for task, (steps, values) in tasks.items()
+    }
+
+
+def seeds_text(groups, tag: str | None = None) -> str:
+    """For a caption, "n seeds" or "n to m seeds": of the runs that have logged the tag, if one is given."""
+    counts = sorted({sum(tag is None or len(run.series(tag)[0]) > 0 for run in runs) for runs in groups})
     return f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
 
@@ -154,7 +191,9 @@ def stratified_bootstrap(games: list, statistic, samples: int = 2000) -> tuple:
 
 
 def panels(count: int, width: float = 3.4, height: float = 2.8, columns: int = 4) -> tuple:
-    """A figure with `count` panels in rows of at most `columns` -> figure, list of axes."""
+    """A figure with `count` panels in rows of at most `columns` -> figure, list of axes. SystemExit for none."""
+    if count == 0:
+        raise SystemExit("error: these runs have nothing of what the figure shows")
     columns = min(count, columns)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
@@ -182,7 +221,10 @@ def read_rows(path: str) -> list:
 
 
 def save(figure, rows: list, out: str, note: str = "") -> None:
-    """Writes <out>.png with a note below, and the numbers behind it as <out>.csv (dicts with the same keys)."""
+    """Writes <out>.png with a note below, and the numbers behind it as <out>.csv (dicts with the same keys). SystemExit
+    where there are none."""
+    if not rows:
+        raise SystemExit("error: these runs have logged nothing of what the figure shows yet")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     if out.endswith("_smoke"):  # as sweeps call it
         text = dict(ha="center", va="center", rotation=20, color="red", alpha=0.5, zorder=10)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A sweep as a Slurm array job, one task per run:
 #   SCALE=paper bash benchmark/slurm.sh benchmark/drm/fig6_hard.sh [--dry-run] [options of sbatch, as --gres=gpu:1 --time=1-0]
-# Five minutes before its time is up a run saves and stops. Call the same line again: it submits what is not finished, and
-# resumes what was cut off. When all are done, the sweep itself (SCALE=paper bash benchmark/drm/fig6_hard.sh) draws.
+# Five minutes before its time is up a run saves and stops. When the array has ended, call the same line again: it submits
+# what is not finished, and resumes what was cut off. When all are done, the sweep itself (SCALE=paper bash benchmark/drm/fig6_hard.sh) draws.
 set -euo pipefail
 sweep=${1:-}
 [ -f "$sweep" ] || sweep=$(dirname "${BASH_SOURCE[0]}")/../$sweep # from the top of the repository
@@ -12,12 +12,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shift
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
 name=$(basename "$(dirname "$sweep")")_$(basename "$sweep" .sh)_${SCALE:-smoke}
-list=runs/slurm/$name.txt
+list=runs/slurm/$name-$(date +%s)-$$.txt # its own for each array: tasks read their line when they start
 mkdir -p runs/slurm runs/logs
 commands=$(bash "$sweep" --dry-run)
 grep -E "^python (studies/)?[a-z0-9_]+\.py " <<<"$commands" >"$list" ||
   { echo "slurm.sh: all runs of $name are finished"; exit 0; }
-submit=(sbatch --array="1-$(wc -l <"$list")" --job-name="$name" --output="runs/logs/$name-%a.log" --signal=B:TERM@300)
+submit=(sbatch --array="1-$(wc -l <"$list")" --job-name="$name" --output="runs/logs/$name-%A-%a.log" --signal=B:TERM@300)
 for option in "$@"; do
   if [ "$option" = --dry-run ]; then submit=(echo "${submit[@]}"); else submit+=("$option"); fi
 done

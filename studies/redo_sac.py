@@ -636,6 +636,8 @@ def check_args(args: Args) -> tuple:
     if args.replay_from and args.resume is None:
         try:
             path = Path(args.replay_from) / "checkpoint.pt"
+            if not path.with_name("summary.json").exists():
+                raise ValueError("it is not finished")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             given = content["replay"]
             if content["args"]["env_id"] != args.env_id or given["num_added"] == 0:

@@ -73,9 +73,57 @@ def test_series_are_in_frames_and_aligned_to_the_shortest_run():
         plotting.load_runs("nothing")
 
 
+def test_of_two_folders_of_one_run_the_finished_one_counts():
+    """As the sweeps have it, which skip a run that any folder has finished."""
+    write_run("a", 1, [0, 1, 2])
+    (finished,) = Path("runs").iterdir()
+    (finished / "summary.json").touch()
+    finished.rename("runs/0")
+    write_run("a", 1, [0, 1])  # begun later, and cut off
+    (run,) = plotting.load_runs("a")
+    assert run.folder == Path("runs/0")
+
+
+def test_only_what_all_arms_have_is_compared(capsys):
+    """Tasks that one arm has not evaluated yet are left out; arms are compared where the shortest ends."""
+    for game, arm, values in (("Pong", "dqn", [0, 1, 2]), ("Pong", "redo", [0, 1]), ("Breakout", "dqn", [5, 5, 5])):
+        write_atari_run(game, f"redo_c-smoke-{arm}", 1, values)
+    runs = plotting.comparable(plotting.load_runs("redo_c-*"), plot_redo.arm, plot_redo.RETURN)
+    assert [run.args["env_id"] for run in runs] == ["ALE/Pong-v5"] * 2
+    end, last = plot_redo.last_scores(plotting.group(runs, plot_redo.arm))
+    assert end == 1_000_000 and last["dqn"][0] == last["redo"][0]
+    with pytest.raises(SystemExit, match="no task has runs of all arms"):
+        plotting.comparable(
+            runs[:1] + plotting.load_runs("redo_c-smoke-dqn")[:1], lambda run: id(run), plot_redo.RETURN
+        )
+    with pytest.raises(SystemExit, match="has logged no/such_tag yet"):
+        plotting.logged(runs, "no/such_tag")
+
+
+def test_tasks_of_one_arm_on_one_grid():
+    write_atari_run("Pong", "redo_g-smoke-dqn", 1, [0, 2, 4])
+    write_run("redo_g-smoke-dqn", 1, [1, 3], plot_redo.RETURN, 300_000, "ALE-Breakout-v5", env_id="ALE/Breakout-v5",
+              action_repeat=4)  # fmt: skip
+    steps, tasks = plotting.aligned_tasks(plotting.load_runs("redo_g-*"), plot_redo.RETURN)
+    assert steps.tolist() == [0, 1_200_000] and tasks["ALE/Breakout-v5"].tolist() == [[1, 3]]
+    assert tasks["ALE/Pong-v5"] == pytest.approx(np.array([[0, 2.4]]))  # every 1,000,000 frames
+
+
+def test_colours_of_method_and_baseline():
+    assert plotting.colours(["augmentation", "plain"]) == dict(augmentation="C1", plain="C0")
+    assert plotting.colours(["augmentation", "rr2"]) == dict(augmentation="C0", rr2="C2")
+    assert plot_drq.name_of("rr2") == "replay ratio 2" and plot_drq.name_of("plain-reset9").endswith(", 9 resets")
+
+
+def test_a_final_score_is_taken_where_the_shortest_run_ends():
+    write_run("s", 1, [0, 10, 90])
+    write_run("s", 2, [0, 20])
+    assert plot_crl_deep.final(plotting.load_runs("s"))[0] == 15
+
+
 def test_table_2_counts_steps_to_a_score():
-    write_run("t", 1, [0, 150, 300, 500], every=1_000_000)
-    write_run("t", 2, [0, 250, 300, 300], every=1_000_000)
+    write_run("t", 1, [0, 150, 300, 500], every=1_000_000, episode_length=1000)
+    write_run("t", 2, [0, 250, 300, 300], every=1_000_000, episode_length=1000)
     plot_crl_deep.steps_to_score(plotting.load_runs("t"), "out")
     (row,) = read_csv("out.csv")
     assert (row["M steps to 200"], row["M steps to 400"], row["M steps to 600"]) == ("1", "3", "-")

@@ -366,6 +366,10 @@ def test_a_replay_of_another_environment_is_refused(capsys):
         with pytest.raises(SystemExit):
             run("--env-id", env_id, "--total-timesteps", 140, "--redo-period-gradient-steps", 9, "--replay-from", old)
         assert "it is empty, or one of HalfCheetah-v5" in capsys.readouterr().err
+    (old / "summary.json").unlink()
+    with pytest.raises(SystemExit):
+        run("--env-id", "HalfCheetah-v5", "--total-timesteps", 140, "--method", "sac", "--replay-from", old)
+    assert "it is not finished" in capsys.readouterr().err
 
 
 def test_a_copy_in_an_empty_folder_runs():

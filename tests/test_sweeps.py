@@ -95,7 +95,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_waits_for_their_checkpoints(
     printed, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert not any(map(alive, pids(folder))) and len(list(folder.glob("runs/*/checkpoint.pt"))) == 2
-    assert errors.count("drm_cpu: stopping; the runs save, the same line goes on with them") == 1
+    assert errors.count("drm_cpu: stopping; the runs save, the same command resumes them") == 1
     assert "FAILED" not in errors and "FAILED" not in printed
     (folder / "runs" / "go").touch()
     again = sweep(folder)

@@ -43,7 +43,7 @@ def switch_frame(run, interval: int, threshold: float) -> float:
 def draw(runs, intervals, thresholds, out) -> None:
     """Two panels per task: the FAU per episode of every run; the switch over the threshold, a line per interval, a
     point per run. A row of the CSV per run and setting. SystemExit where no run has a finished episode."""
-    runs = [run for run in runs if len(run.series(FAU)[0])]
+    runs = [run for run in runs if len(run.series(FAU)[0]) and len(run.series("adaptive_rr/reference")[0])]
     if not runs:
         raise SystemExit("error: no run is long enough for an episode's fraction of active units")
     tasks, rows = group(runs, lambda run: run.args["env_id"]), []

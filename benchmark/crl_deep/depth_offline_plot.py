@@ -93,6 +93,8 @@ def draw_map(axis, run) -> None:
 
 def draw(runs, out) -> None:
     runs = [run for run in runs if (run.folder / "summary.json").exists()]
+    if not runs:
+        raise SystemExit("error: none of these runs is finished")
     rows = rows_of(runs)
     steps, width, depth = (min(row[name] for row in rows) for name in ("gradient_steps", "width", "depth"))
     usual = select(rows, gradient_steps=steps, width=width)

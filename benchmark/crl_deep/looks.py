@@ -15,7 +15,10 @@ CPU = torch.device("cpu")
 
 
 def load(run_dir: Path) -> tuple:
-    """A run's folder -> its agent as in checkpoint.pt, its arguments, and how many steps it had taken."""
+    """A run's folder -> its agent as in checkpoint.pt, its arguments, and how many steps it had taken. SystemExit where
+    it has not been saved yet."""
+    if not (run_dir / "checkpoint.pt").exists():
+        raise SystemExit(f"error: {run_dir} has no checkpoint.pt yet")
     args = crl.Args(**json.loads((run_dir / "args.json").read_text())["args"])
     robot = crl.ROBOTS[crl.parse_env_id(args.env_id)[0]]
     agent = crl.Agent(robot.state_dim, robot.goal_dim, robot.action_dim, args)

@@ -18,13 +18,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, group, load_module, load_runs, mean_and_band, panels, save, seeds_text
+from plotting import aligned, group, load_module, load_runs, logged, mean_and_band, panels, save, seeds_text
 
 looks = load_module("crl_deep/looks.py")
 
 SCORE = "eval/time_at_goal_last5"
 BANDS = "Bands: 95% bootstrap confidence intervals over seeds."
-NOTE = f"{BANDS} Stars: the paper's numbers (Brax physics, its own steps). Its arm panels are omitted."
+STARS = " Stars: the paper's numbers (Brax physics, its own steps). Its arm panels are omitted."
+CUT = " Some runs ended earlier: the CSV has each point's steps."
 
 # The paper's final time at goal, by environment and depth (Table 1 for 4 and 64, read from Fig. 1 between).
 PAPER_FIG1 = {
@@ -47,9 +48,9 @@ PAPER_FIG6 = {  # (critic depth, actor depth) in rows 4 to 64 and columns 4 to 6
                      [145, 325, 385, 439, 437], [45, 239, 462, 480, 441]],
 }  # fmt: skip
 PAPER_FIG7 = {  # humanoid: batch size by depth
-    "depth 8": {512: 130, 1024: 260},
-    "depth 16": {256: 30, 512: 510, 1024: 550, 2048: 550},
-    "depth 64": {128: 30, 256: 300, 512: 695, 1024: 695, 2048: 695},
+    8: {512: 130, 1024: 260},
+    16: {256: 30, 512: 510, 1024: 550, 2048: 550},
+    64: {128: 30, 256: 300, 512: 695, 1024: 695, 2048: 695},
 }
 PAPER_FIG11 = {4: 171, 16: 240, 64: 357}
 PAPER_FIG12 = {
@@ -59,11 +60,18 @@ PAPER_FIG12 = {
 
 
 METHODS = {"crl": "contrastive RL", "gcbc": "GCBC", "gcsl": "GCSL", "sac": "SAC", "sac-her": "SAC + HER"}
-PALETTE = {"contrastive RL": "C1", "SAC + HER": "C0", "GCBC": "C2", "GCSL": "C3", "SAC": "C4"}
+PALETTE = {"contrastive RL": "C1", "SAC + HER": "C0", "GCBC": "C2", "GCSL": "C3", "SAC": "C4",
+           "depth": "C1", "width": "C0", "residual": "C1", "no residual": "C0", "actor depth capped": "C1",
+           "swish": "C1", "relu": "C0", "no LayerNorm, swish": "C2", "no LayerNorm, relu": "C3"}  # fmt: skip
 
 
 def depth_of(run) -> int:
     return run.args["critic_depth" if "critic_depth" in run.args else "depth"]  # baselines have one depth
+
+
+def note_of(rows) -> str:
+    cut = len({(row["env_id"], row["step"]) for row in rows}) > len({row["env_id"] for row in rows})
+    return BANDS + STARS * any(row["paper"] is not None for row in rows) + CUT * (cut and "x" in rows[0])
 
 
 def method_of(run) -> str:
@@ -71,9 +79,9 @@ def method_of(run) -> str:
 
 
 def final(runs, tag=SCORE) -> tuple:
-    """Mean, low and high over seeds of a tag's last value, and the steps where the shortest run ends."""
-    values = np.array([[run.series(tag)[1][-1]] for run in runs])
-    return *(float(x[0]) for x in mean_and_band(values)), min(run.series(tag)[0][-1] for run in runs)
+    """Mean, low and high over seeds of a tag's value where the shortest run ends, and these steps."""
+    steps, values = aligned(logged(runs, tag), tag)
+    return *(float(x[-1]) for x in mean_and_band(values)), steps[-1]
 
 
 def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal", series=depth_of) -> None:
@@ -84,7 +92,7 @@ def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal", series=d
     for axis, (env_id, env_runs) in zip(axes, environments.items()):
         members = group(env_runs, series)
         for i, (name, seeds) in enumerate(members.items()):
-            steps, values = aligned(seeds, tag)
+            steps, values = aligned(logged(seeds, tag), tag)
             mean, low, high = mean_and_band(values)
             color = PALETTE.get(name, plt.cm.viridis(0.9 * i / max(len(members) - 1, 1)))
             axis.plot(steps / 1e6, mean, color=color, label=name if name in PALETTE else f"depth {name}")
@@ -93,12 +101,22 @@ def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal", series=d
             if known is not None:
                 axis.plot(1.02, known, "*", color=color, ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
             rows += [
-                dict(env_id=env_id, series=name, seeds=len(seeds), step=int(s), mean=m, low=lo, high=hi, paper=known)
+                dict(env_id=env_id, series=name, seeds=len(values), step=int(s), mean=m, low=lo, high=hi, paper=known)
                 for s, m, lo, hi in zip(steps, mean, low, high)
             ]
-        axis.set(title=f"{env_id}\n{seeds_text(members.values())}", xlabel="million environment steps", ylabel=label)
+        axis.set(
+            title=f"{env_id}\n{seeds_text(members.values(), tag)}", xlabel="million environment steps", ylabel=label
+        )
         axis.legend(frameon=False, fontsize=7)
-    save(figure, rows, out, NOTE if paper else BANDS)
+    save(figure, rows, out, note_of(rows))
+
+
+def methods(runs, out) -> None:
+    """A curve per method. SystemExit where runs of several depths would be averaged."""
+    depths = sorted({depth_of(run) for run in runs})
+    if len(depths) > 1:
+        raise SystemExit(f"error: --runs matches runs of depth {', '.join(map(str, depths))}; this draws those of one")
+    curves(runs, out, tag="eval/time_at_goal", series=method_of)
 
 
 def collectors(runs, out) -> None:
@@ -130,12 +148,13 @@ def finals(runs, out, x, series, xlabel, paper=None) -> None:
     figure, axes = panels(len(environments))
     rows = []
     for axis, (env_id, env_runs) in zip(axes, environments.items()):
-        for i, (name, members) in enumerate(group(env_runs, series).items()):
+        lines = group(env_runs, series)
+        for i, (name, members) in enumerate(lines.items()):
             points = group(members, x)
             scores = np.array([final(seeds)[:3] for seeds in points.values()])
             steps = [final(seeds)[3] for seeds in points.values()]
-            color = PALETTE.get(name, f"C{i}")
-            axis.plot(list(points), scores[:, 0], "o-", color=color, label=name)
+            color = PALETTE.get(name, plt.cm.viridis(0.9 * i / max(len(lines) - 1, 1)))
+            axis.plot(list(points), scores[:, 0], "o-", color=color, label=name if name in PALETTE else f"depth {name}")
             axis.errorbar(list(points), scores[:, 0], abs(scores[:, 1:] - scores[:, :1]).T, color=color, alpha=0.5)
             known = (paper or {}).get(env_id, {}).get(name, {})
             axis.plot(list(known), list(known.values()), "*", color=color, ms=9)
@@ -150,7 +169,7 @@ def finals(runs, out, x, series, xlabel, paper=None) -> None:
         title = f"{env_id}\n{seeds_text(group(env_runs, lambda run: run.args['exp_name']).values())}"
         axis.set(title=title, xlabel=xlabel, ylabel="final steps at the goal")
         axis.legend(frameon=False, fontsize=7)
-    save(figure, rows, out, NOTE if paper else BANDS)
+    save(figure, rows, out, note_of(rows))
 
 
 def parameters(run) -> float:
@@ -184,7 +203,7 @@ def heatmap(runs, out) -> None:
         axis.set_xticks(range(len(actors)), actors)
         axis.set_yticks(range(len(critics)), critics)
         axis.set(title=f"{env_id}\n{seeds_text(cells.values())}", xlabel="actor depth", ylabel="critic depth")
-    save(figure, rows, out, NOTE)
+    save(figure, rows, out, "In brackets: the paper's numbers (Brax physics)." * any(row["paper"] for row in rows))
 
 
 def draw_value_map(axis, saved, k, paths=6) -> None:
@@ -264,9 +283,11 @@ def residual_norms(runs, out) -> None:
     save(figure, rows, out)
 
 
-def steps_to_score(runs, out, thresholds=(200, 400, 600)) -> None:
-    """Table 2: million steps until the mean over seeds first reaches 200, 400, 600 steps at the goal; - for never."""
-    rows = []
+def steps_to_score(runs, out) -> None:
+    """Table 2: million steps until the mean over seeds is first at the goal for 200, 400, 600 of an episode's 1000
+    steps, or as large a share of a shorter one; - for never."""
+    thresholds = [runs[0].args["episode_length"] * share // 5 for share in (1, 2, 3)]
+    runs, rows = logged(runs, SCORE), []
     for (env_id, depth, norm), seeds in group(
         runs, lambda run: (run.args["env_id"], depth_of(run), run.args["norm"])
     ).items():
@@ -321,7 +342,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def shape(run):
-        return "width" if run.args["exp_name"].split("-")[2].startswith("w") else "depth"
+        return "width" if run.args["exp_name"].split("-")[-1].startswith("w") else "depth"
 
     def variant(run):
         return {"layer": "", "none": "no LayerNorm, "}[run.args["norm"]] + run.args["activation"]
@@ -342,8 +363,7 @@ def main() -> None:
         ),
         "fig6": heatmap,
         "fig7": lambda runs, out: finals(
-            runs, out, lambda run: run.args["batch_size"], lambda run: f"depth {depth_of(run)}", "batch size",
-            {"humanoid": PAPER_FIG7},
+            runs, out, lambda run: run.args["batch_size"], depth_of, "batch size", {"humanoid": PAPER_FIG7}
         ),
         "fig8": collectors,
         "fig9": value_maps,
@@ -353,7 +373,7 @@ def main() -> None:
             runs, out, depth_of, lambda run: "actor depth capped", "critic depth",
             {env: {"actor depth capped": scores} for env, scores in PAPER_FIG12.items()},
         ),
-        "baselines": lambda runs, out: curves(runs, out, tag="eval/time_at_goal", series=method_of),
+        "baselines": methods,
         "fig13": lambda runs, out: finals(
             runs, out, depth_of, method_of, "depth",
             {env: scores for env, scores in crl_scores.items() if any(run.args["env_id"] == env for run in runs)},

@@ -21,8 +21,9 @@ from moviepy import VideoFileClip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import (
-    aligned,
+    aligned_tasks,
     colours,
+    comparable,
     frames_unit,
     group,
     iqm,
@@ -94,12 +95,12 @@ def behaviour(runs, at: list, out) -> None:
 def aggregate(runs, arms, out) -> None:
     """Fig. 1: the IQM of the evaluations' returns, with its 95% stratified bootstrap interval, over frames."""
     figure, (axis,) = panels(1, width=4.2)
+    runs = comparable(runs, drq.arm, "eval/episodic_return")
     rows, last = [], max(run.series("eval/episodic_return")[0].max(initial=0) for run in runs)
     size, unit = frames_unit(last)
     for name, members in group(runs, drq.arm).items():
-        tasks = [aligned(seeds, "eval/episodic_return") for seeds in group(members, task_of).values()]
-        points = min(len(frames) for frames, _ in tasks)
-        frames, returns = tasks[0][0][:points], [values[:, :points] for _, values in tasks]
+        frames, tasks = aligned_tasks(members, "eval/episodic_return")
+        returns = list(tasks.values())
         mean, (low, high) = iqm(returns), stratified_bootstrap(returns, iqm)
         color = colours(arms)[name]
         axis.plot(frames / size, mean, color=color, label=name)

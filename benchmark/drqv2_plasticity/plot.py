@@ -11,14 +11,28 @@ injections. Each figure is written as PNG with the CSV behind it; --csv draws cu
 """
 
 import argparse
+import itertools
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, colours, frames_unit, group, load_runs, mean_and_band, panels, read_rows, save, seeds_text
+from plotting import (
+    aligned,
+    colours,
+    frames_unit,
+    group,
+    load_runs,
+    logged,
+    mean_and_band,
+    panels,
+    read_rows,
+    save,
+    seeds_text,
+)
 
 LABELS = {
     "plain": "no augmentation", "augmentation": "with augmentation", "static0.5": "replay ratio 0.5",
@@ -26,8 +40,9 @@ LABELS = {
     "drm-0.6": "DrM, alpha at most 0.6", "drm-head": "DrM, last settings", "switch-on": "augmentation switched on",
     "switch-off": "augmentation switched off",
 }  # fmt: skip
-SUFFIXES = {r"-inject-(\w+)$": r", injection: \1", r"-reset(\d+)$": r", \1 resets"}
+SUFFIXES = {r"-inject-(\w+)$": r", injection: \1", r"-reset(\d+)$": r", \1 resets", r"^rr([\d.]+)$": r"replay ratio \1"}
 STARS = "the paper, read from its figures"
+MANY_EVENTS = 20  # more are not drawn
 EVENTS = ("events/reset", "events/perturb_factor", "events/injection")
 FRAMES = (0.1, 0.3, 0.5, 1, 2, 3)  # millions, where the paper's curves of active units were read
 WALKER, QUADRUPED, CHEETAH = (f"dm_control/{task}-run-v0" for task in ("walker", "quadruped", "cheetah"))
@@ -73,7 +88,7 @@ PAPER = {
 
 def arm(run) -> str:
     """drqv2-paper-switch-on -> switch-on."""
-    return run.args["exp_name"].split("-", 2)[2]
+    return run.args["exp_name"].split("-", 2)[-1]
 
 
 def select(runs, envs, arms) -> list:
@@ -92,7 +107,7 @@ def name_of(arm: str) -> str:
     """An arm in the paper's words: plain-reset9 -> no augmentation, 9 resets."""
     for pattern, words in SUFFIXES.items():
         if found := re.search(pattern, arm):
-            return name_of(arm[: found.start()]) + found.expand(words)
+            return (name_of(arm[: found.start()]) if found.start() else "") + found.expand(words)
     return f"primed, {name_of(arm[7:])}" if arm.startswith("primed-") else LABELS.get(arm, arm.replace("-", " "))
 
 
@@ -111,7 +126,7 @@ def rows_of(runs, tag, every_seed=False) -> list:
         for part in [[run] for run in seeds] if every_seed else [seeds]:
             seed = part[0].args["seed"] if every_seed else ""
             frames, values = aligned(part, full_tag(tag))
-            rows += [about | dict(seeds=len(part), seed=seed, frames=int(f), mean=m, low=lo, high=hi)
+            rows += [about | dict(seeds=len(values), seed=seed, frames=int(f), mean=m, low=lo, high=hi)
                      for f, m, lo, hi in zip(frames, *mean_and_band(values))]  # fmt: skip
         known = {} if "encoder_weights" in seeds[0].args else PAPER  # Fig. 4 has other numbers, which we do not have
         marks = [("paper", x * 1e6, y) for x, y in known.get((env_id, tag, name), [])]
@@ -125,8 +140,9 @@ def draw_curves(axis, rows, arms) -> None:
     ours = [row for row in rows if row["seeds"] not in ("paper", "event")]
     end = max((row["frames"] for row in ours), default=0)
     size, unit = frames_unit(end)
+    by_ratio = any(re.match(r"rr\d", name) for name in arms)  # Figs. 7, 8: all have augmentation
     for name in [name for name in arms if any(row["arm"] == name for row in ours)]:
-        color, label = colours(arms)[name], name_of(name)
+        color, label = colours(arms)[name], name_of("rr0.5" if by_ratio and name == "augmentation" else name)
         for seed in dict.fromkeys(row["seed"] for row in ours if row["arm"] == name):
             line = [row for row in ours if (row["arm"], row["seed"]) == (name, seed)]
             x, mean, low, high = zip(*((row["frames"] / size, row["mean"], row["low"], row["high"]) for row in line))
@@ -134,7 +150,7 @@ def draw_curves(axis, rows, arms) -> None:
             axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
             label = None
         events = [row["frames"] for row in rows if (row["arm"], row["seeds"]) == (name, "event")]
-        for frame in events if len(events) <= 20 else ():
+        for frame in events if len(events) <= MANY_EVENTS else ():
             axis.axvline(frame / size, color=color, linestyle=":", linewidth=0.8)
         near = [(row["frames"] / size, row["mean"]) for row in rows  # what lies beyond the runs stands in the CSV only
                 if (row["arm"], row["seeds"]) == (name, "paper") and row["frames"] <= 1.05 * end]  # fmt: skip
@@ -158,7 +174,8 @@ def note_of(rows, stars=STARS) -> str:
         ends[row["env_id"]] = max(row["frames"], ends.get(row["env_id"], 0))
     near = any(row["seeds"] == "paper" and row["frames"] <= 1.05 * ends[row["env_id"]] for row in rows)
     notes += [f"Stars: {stars}."] * near
-    notes += ["Dotted: here the weights were edited."] * ("event" in kinds)
+    events = Counter((row["env_id"], row["tag"], row["arm"]) for row in rows if row["seeds"] == "event")
+    notes += ["Dotted: here the weights were edited."] * (0 < min(events.values(), default=0) <= MANY_EVENTS)
     jump = any("inject" in str(row["arm"]) and row["tag"] == "fau/critic" for row in rows)
     notes += ["After an injection, only the new head counts as active or not: the FAU jumps."] * jump
     return " ".join([*notes, "Axes need not start at 0."])
@@ -166,15 +183,16 @@ def note_of(rows, stars=STARS) -> str:
 
 def curves(rows, arms, out, stars=STARS) -> None:
     """A panel per task and tag of the rows, tasks below each other where there are several tags."""
-    grouped = {}
-    for row in rows:
-        grouped.setdefault((row["env_id"], row["tag"]), []).append(row)
-    tags = len({tag for _, tag in grouped})
-    columns = tags if tags > 1 else min(3, len(grouped))
-    figure, axes = panels(len(grouped), columns=min(4, columns))
-    for i, (axis, part) in enumerate(zip(axes, grouped.values())):
+    tags, tasks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("tag", "env_id"))
+    columns = len(tags) if len(tags) > 1 else min(3, len(tasks))
+    figure, axes = panels(len(tasks) * len(tags), columns=min(4, columns))
+    for axis, (task, tag) in zip(axes, itertools.product(tasks, tags)):
+        part = [row for row in rows if (row["env_id"], row["tag"]) == (task, tag)]
+        if not part:  # not logged yet
+            axis.set_axis_off()
+            continue
         draw_curves(axis, part, arms)
-        if i % columns and tags > 1:  # the row's title and legend stand on its first panel
+        if tag != tags[0]:  # the row's title and legend stand on its first panel
             axis.set_title("")
             axis.get_legend().remove()
     save(figure, rows, out, note_of(rows, stars))
@@ -185,12 +203,13 @@ def all_rows(runs, tags, every_seed=False) -> list:
     return [row for members in tasks for tag in tags for row in rows_of(members, tag, every_seed)]
 
 
-def last_return(seeds) -> dict:
-    """The last evaluation of runs of one arm on one task, as a row of the CSV."""
+def last_return(seeds, end=float("inf")) -> dict:
+    """The last evaluation, up to a frame, of runs of one arm on one task, as a row of the CSV."""
     frames, values = aligned(seeds, full_tag("return"))
-    mean, low, high = (line[-1] for line in mean_and_band(values))
-    about = dict(env_id=seeds[0].args["env_id"], arm=arm(seeds[0]), tag="last return", seeds=len(seeds), seed="")
-    return about | dict(frames=int(frames[-1]), mean=mean, low=low, high=high)
+    last = (frames <= end).nonzero()[0][-1]
+    mean, low, high = (line[last] for line in mean_and_band(values))
+    about = dict(env_id=seeds[0].args["env_id"], arm=arm(seeds[0]), tag="last return", seeds=len(values), seed="")
+    return about | dict(frames=int(frames[last]), mean=mean, low=low, high=high)
 
 
 def draw_bar(axis, row, place, arms, height) -> None:
@@ -200,11 +219,13 @@ def draw_bar(axis, row, place, arms, height) -> None:
 
 def tasks(runs, arms, out) -> None:
     """The last returns of two arms, side by side on each task; the title has the mean of their ratios (where both are
-    at least 1: a ratio to nothing would rule the mean)."""
+    at least 1: a ratio to nothing would rule the mean). Where one arm ended earlier, so is the other one's counted."""
     figure, (axis,) = panels(1, width=6, height=1 + 0.4 * len({run.args["env_id"] for run in runs}))
     rows, ratios, names = [], [], []
     for place, (env_id, members) in enumerate(group(runs, lambda run: run.args["env_id"]).items()):
-        pair = {name: last_return(seeds) for name, seeds in group(members, arm).items()}
+        pair = group(members, arm)
+        end = min(aligned(seeds, full_tag("return"))[0][-1] for seeds in pair.values())
+        pair = {name: last_return(seeds, end) for name, seeds in pair.items()}
         for i, name in enumerate(name for name in arms if name in pair):
             draw_bar(axis, pair[name], place + 0.4 * i - 0.2, arms, 0.4)
         rows += pair.values()
@@ -238,15 +259,26 @@ def bars(runs, arms, tags, out) -> None:
         axes[0].plot([y for _, y in paper], [place] * len(paper), "k*", ms=7)
     axes[0].set_yticks(range(len(arms)), [name_of(name) for name in arms])
     axes[0].invert_yaxis()
-    axes[0].set(
-        title=f"{env_id.removeprefix('dm_control/')}, last return\nstars: the paper at 3M frames", xlabel="return"
-    )
+    known = any((env_id, "return", name) in PAPER for name in arms)
+    title = f"{env_id.removeprefix('dm_control/')}, last return" + "\nstars: the paper at 3M frames" * known
+    axes[0].set(title=title, xlabel="return")
     for axis, tag in zip(axes[1:], tags):
         part = rows_of(runs, tag)
         draw_curves(axis, part, arms)
         axis.get_legend().remove()  # the bars have the lines' colours
         rows += part
     save(figure, rows, out, note_of(rows))
+
+
+def rows_of_csv(path: str) -> list:
+    """The rows of a picture of curves. SystemExit where there is no such file."""
+    try:
+        rows = read_rows(path)
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from None
+    if not rows or not {"arm", "tag", "seeds", "seed", "frames"} <= rows[0].keys():
+        raise SystemExit(f"error: {path} is not the CSV of a picture of curves")
+    return rows
 
 
 def main() -> None:
@@ -264,9 +296,12 @@ def main() -> None:
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
     if a.csv:
-        curves(read_rows(a.csv), a.arms, a.out)
+        rows = [row for row in rows_of_csv(a.csv) if row["arm"] in a.arms]
+        curves(rows, a.arms, a.out, "published curves of DrQ-v2" if "drqv2" in a.arms else STARS)
         return
     runs = select(load_runs(a.runs, a.folder), a.envs, a.arms)
+    if a.kind in ("bars", "tasks"):
+        runs = logged(runs, full_tag("return"))
     if a.kind == "bars":
         bars(runs, a.arms, a.tags, a.out)
     elif a.kind == "tasks":

@@ -19,7 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import (
     aligned,
+    aligned_tasks,
     colours,
+    comparable,
     group,
     iqm,
     load_runs,
@@ -34,7 +36,8 @@ RETURN, RANK = "eval/episodic_return", "feature_rank/dense"
 TD_LOSS, Q_CHANGE, ALIVE = "losses/td", "events/redo_q_change", "events/alive"
 DORMANT = "dormant_ratio_tau{}/all"
 DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/critics"
-NOTE = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games). Stars: the paper, at its end."
+BANDS = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games)."
+STARS = " Stars: the paper, at its end (aggregates: over all its games)."
 ARMS = {"least": "least active", "most": "most active", "cbp": "least useful (CBP)", "redo": "ReDo", "sac": "SAC",
         "reset": "resets", "weight-decay": "weight decay"}  # fmt: skip
 LABELS = {RETURN: "return", RANK: "feature rank, dense", TD_LOSS: "TD loss", ALIVE: "neurons not pruned",
@@ -88,12 +91,15 @@ PAPER_FIG13 = {"dqn": 690, "redo": 4580, "reset": 2950, "weight-decay": 1210}
 
 def arm(run) -> str:
     """redo_fig1-paper-weight-decay -> weight-decay."""
-    return run.args["exp_name"].split("-", 2)[2]
+    return run.args["exp_name"].split("-", 2)[-1]
 
 
 def normalised(run_returns: np.ndarray, env_id: str) -> np.ndarray:
-    """Human-normalised scores: 0 a random policy, 1 a human. KeyError for games that are not in the paper."""
-    low, high = HUMAN_NORMALISATION[env_id.removeprefix("ALE/").removesuffix("-v5")]
+    """Human-normalised scores: 0 a random policy, 1 a human. SystemExit for games that are not in the papers."""
+    game = env_id.removeprefix("ALE/").removesuffix("-v5")
+    if game not in HUMAN_NORMALISATION:
+        raise SystemExit(f"error: the scores of a random policy and of a human on {game} are not known here")
+    low, high = HUMAN_NORMALISATION[game]
     return (run_returns - low) / (high - low)
 
 
@@ -131,23 +137,42 @@ def draw_curves(axis, runs, tag, paper=None, against_gradient_steps=False) -> li
         mean, low, high = mean_and_band(values)
         draw_line(axis, x / 1e6, mean, low, high, name, colours(arms)[name], (paper or {}).get(name))
         rows += [
-            dict(env_id=seeds[0].args["env_id"], arm=name, tag=tag, seeds=len(seeds), frames=int(f), x=a, mean=m,
+            dict(env_id=seeds[0].args["env_id"], arm=name, tag=tag, seeds=len(values), frames=int(f), x=a, mean=m,
                  low=lo, high=hi, paper=(paper or {}).get(name))
             for f, a, m, lo, hi in zip(frames, x / 1e6, mean, low, high)
         ]  # fmt: skip
-    finish(axis, f"{runs[0].args['env_id']}\n{seeds_text(arms.values())}", label_of(tag), unit)
+    finish(axis, f"{runs[0].args['env_id']}\n{seeds_text(arms.values(), tag)}", label_of(tag), unit)
     return rows
 
 
 def scores(runs) -> tuple:
     """One arm's human-normalised evaluation scores -> frames (points,), list over games of (seeds, points)."""
-    games = [aligned(seeds, RETURN) + (env_id,) for env_id, seeds in group(runs, lambda r: r.args["env_id"]).items()]
-    points = min(len(frames) for frames, _, _ in games)
-    return games[0][0][:points], [normalised(values[:, :points], env_id) for _, values, env_id in games]
+    frames, games = aligned_tasks(runs, RETURN)
+    return frames, [normalised(values, env_id) for env_id, values in games.items()]
+
+
+def last_scores(arms: dict) -> tuple:
+    """{arm: runs} -> the last frame that all runs have evaluations up to, {arm: scores there, by game (seeds, 1)}."""
+    curves = {name: scores(runs) for name, runs in arms.items()}
+    end = min(frames[-1] for frames, _ in curves.values())
+    last = {name: (frames <= end).nonzero()[0][-1] for name, (frames, _) in curves.items()}
+    return int(end), {name: [game[:, [last[name]]] for game in games] for name, (_, games) in curves.items()}
+
+
+def about(runs) -> str:
+    """For a caption: how many games and seeds."""
+    games = len(group(runs, lambda run: run.args["env_id"]))
+    seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
+    return f"{games} game{'s' * (games > 1)}, {seeds}"
+
+
+def note_of(rows) -> str:
+    return BANDS + STARS * any(row["paper"] is not None for row in rows)
 
 
 def draw_aggregate(axis, runs, paper) -> list:
     """IQM of the human-normalised score over frames, a line per arm -> rows of the CSV."""
+    runs = comparable(runs, arm, RETURN)
     rows, arms = [], group(runs, arm)
     for name, members in arms.items():
         frames, games = scores(members)
@@ -159,9 +184,7 @@ def draw_aggregate(axis, runs, paper) -> list:
                  mean=m, low=lo, high=hi, paper=paper.get(name))
             for f, m, lo, hi in zip(frames, mean, low, high)
         ]  # fmt: skip
-    games = len(group(runs, lambda run: run.args["env_id"]))
-    seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
-    finish(axis, f"{games} game{'s' * (games > 1)}, {seeds}", "IQM of human-normalised scores")
+    finish(axis, about(runs), "IQM of human-normalised scores")
     return rows
 
 
@@ -176,72 +199,69 @@ def curves(runs, out, tags, papers=(), against_gradient_steps=False) -> None:
             paper = paper.get(env_id, paper if len(games) == 1 else None) if paper else None
             axis = axes[row * len(tags) + column]
             rows += draw_curves(axis, members, tag, paper, against_gradient_steps)
-    starred = any(row["paper"] is not None for row in rows)
-    save(figure, rows, out, NOTE if starred else NOTE.partition(" Stars")[0])
+    save(figure, rows, out, note_of(rows))
 
 
-def headline(runs, out, paper, tag=None, tag_paper=None, env_id="ALE/DemonAttack-v5") -> None:
-    """The aggregate over frames, and one tag on one game beside it."""
+def headline(runs, out, paper, tag=None, tag_paper=None) -> None:
+    """The aggregate over frames, and one tag on DemonAttack beside it."""
     figure, axes = panels(1 if tag is None else 2)
     rows = draw_aggregate(axes[0], runs, paper)
     if tag is not None:
-        rows += draw_curves(axes[1], [run for run in runs if run.args["env_id"] == env_id], tag, tag_paper)
-    save(figure, rows, out, NOTE)
+        rows += draw_curves(axes[1], demon_attack(runs), tag, tag_paper)
+    save(figure, rows, out, note_of(rows))
 
 
 def by_replay_ratio(runs, out, paper, ticks=(0.25, 0.5, 1, 2)) -> None:
     """Fig. 10: the final IQM over the replay ratio, a line per method. paper: method -> its IQM at the ticks."""
     figure, (axis,) = panels(1, width=4.2)
-    rows, methods = [], group(runs, lambda run: run.args["method"])
-    for method, members in methods.items():
+    runs = comparable(runs, arm, RETURN)
+    end, last = last_scores(group(runs, lambda run: (run.args["method"], run.args["replay_ratio"])))
+    rows = []
+    for (method, ratio), games in last.items():
+        low, high = stratified_bootstrap(games, iqm)
+        known = dict(zip(ticks, paper[method])).get(ratio)
+        rows.append(dict(method=method, replay_ratio=ratio, games=len(games), seeds=len(games[0]), frames=end,
+                         iqm=iqm(games)[0], low=low[0], high=high[0], paper=known))  # fmt: skip
+    methods = dict.fromkeys(row["method"] for row in rows)
+    for method in methods:
         color = colours(methods)[method]
-        ratios = group(members, lambda run: run.args["replay_ratio"])
-        points = []
-        for ratio, arm_runs in ratios.items():
-            frames, games = scores(arm_runs)
-            last = [game[:, -1:] for game in games]
-            low, high = stratified_bootstrap(last, iqm)
-            points.append((iqm(last)[0], low[0], high[0]))
-            known = dict(zip(ticks, paper[method])).get(ratio)
-            rows.append(
-                dict(method=method, replay_ratio=ratio, games=len(games), seeds=len(games[0]), frames=int(frames[-1]),
-                     iqm=points[-1][0], low=low[0], high=high[0], paper=known)
-            )  # fmt: skip
-        mean, low, high = np.array(points).T
-        axis.plot(list(ratios), mean, "o-", color=color, label=method)
-        axis.fill_between(list(ratios), low, high, color=color, alpha=0.2, linewidth=0)
+        line = [row for row in rows if row["method"] == method]
+        ratios, mean, low, high = ([row[key] for row in line] for key in ("replay_ratio", "iqm", "low", "high"))
+        axis.plot(ratios, mean, "o-", color=color, label=method)
+        axis.fill_between(ratios, low, high, color=color, alpha=0.2, linewidth=0)
         axis.plot(ticks, paper[method], "*", color=color, ms=9)
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
-    finish(axis, f"{rows[0]['games']} game{'s' * (rows[0]['games'] > 1)}, {seeds}", "final IQM", "replay ratio")
-    save(figure, rows, out, NOTE)
+    finish(axis, f"{about(runs)}, {end:,} frames", "IQM at the end", "replay ratio")
+    save(figure, rows, out, BANDS + STARS)
 
 
 def final_scores(runs, out, paper) -> None:
     """The mean human-normalised score over the games at the end, a bar per arm."""
     figure, (axis,) = panels(1, width=4.2)
-    rows, arms = [], group(runs, arm)
-    for i, (name, members) in enumerate(arms.items()):
-        _, games = scores(members)
-        last = [game[:, -1:] for game in games]
-        mean = np.mean([game.mean() for game in last])
-        low, high = stratified_bootstrap(last, lambda games: np.mean([game.mean(0) for game in games], axis=0))
-        axis.bar(i, mean, color=colours(arms)[name])
+    runs = comparable(runs, arm, RETURN)
+    end, last = last_scores(group(runs, arm))
+    rows = []
+    for i, (name, games) in enumerate(last.items()):
+        mean = np.mean([game.mean() for game in games])
+        low, high = stratified_bootstrap(games, lambda games: np.mean([game.mean(0) for game in games], axis=0))
+        axis.bar(i, mean, color=colours(last)[name])
         axis.errorbar(i, mean, [[mean - low[0]], [high[0] - mean]], color="0.3")
         axis.plot(i, paper[name], "k*", ms=9)
-        median = np.median([game.mean() for game in last])
-        rows.append(dict(arm=name, games=len(games), seeds=len(games[0]), median=median, mean=mean, low=low[0],
-                         high=high[0], paper=paper[name]))  # fmt: skip
-    axis.set_xticks(range(len(arms)), arms)
-    seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
-    title = f"{rows[0]['games']} game{'s' * (rows[0]['games'] > 1)}, {seeds}"
-    axis.set(title=title, ylabel="mean human-normalised score")
-    save(figure, rows, out, NOTE)
+        median = np.median([game.mean() for game in games])
+        rows.append(dict(arm=name, games=len(games), seeds=len(games[0]), frames=end, median=median, mean=mean,
+                         low=low[0], high=high[0], paper=paper[name]))  # fmt: skip
+    axis.set_xticks(range(len(last)), last)
+    axis.set(title=f"{about(runs)}, {end:,} frames", ylabel="mean human-normalised score")
+    save(figure, rows, out, BANDS + STARS)
 
 
 def demon_attack(runs) -> list:
-    return [run for run in runs if run.args["env_id"] == "ALE/DemonAttack-v5"]
+    """The runs on the paper's example. SystemExit where there is none."""
+    runs = [run for run in runs if run.args["env_id"] == "ALE/DemonAttack-v5"]
+    if not runs:
+        raise SystemExit("error: none of these runs plays DemonAttack, which this figure shows")
+    return runs
 
 
 FIGURES = {

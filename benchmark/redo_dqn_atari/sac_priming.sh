@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The primacy bias (Nikishin et al. 2022, on another task): SAC fails at a replay ratio of 9; a new agent that begins with the
 # failed one's replay does not. What we expect on Ant: replay ratio 9 below 1; the new agent (replay ratio 1) as good as 1,
-# and sooner. If the run at ratio 9 diverges, it leaves no replay, and the new agent is refused.
+# and sooner. If the run at ratio 9 does not end (it may diverge), the new agent is refused. On a cluster submit this sweep
+# twice: the new agent waits for the failed one.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 

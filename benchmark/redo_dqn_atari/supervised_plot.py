@@ -27,7 +27,7 @@ PAPER = {"fixed": {0: 0.09, 100: 0.007}, "shuffled": PAPER_SHUFFLED, "relabelled
 
 def arm(run) -> str:
     """redo_supervised-paper-shuffled-redo -> shuffled-redo."""
-    return run.args["exp_name"].split("-", 2)[2]
+    return run.args["exp_name"].split("-", 2)[-1]
 
 
 def draw_panel(axis, arms, names, tag, smoke) -> list:
