@@ -242,7 +242,8 @@ def tasks(runs, arms, out) -> None:
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     axis.legend(unique.values(), unique.keys(), frameon=False, fontsize=7)
-    save(figure, rows, out, "Bars: evaluations at the end. Lines: 95% bootstrap intervals over seeds.")
+    lines = " Lines: 95% bootstrap intervals over seeds." * any(row["seeds"] > 1 for row in rows)
+    save(figure, rows, out, f"Evaluations at the end.{lines}")
 
 
 def bars(runs, arms, tags, out) -> None:
