@@ -1,6 +1,6 @@
 """Figs. 3 and 4 of DrM: what the dormant ratio steers, drawn from drm.py's own functions; no training.
 
-python benchmark/drm/schedules.py --out runs/figures/drm_schedules      [drm.py's flags, as --dormant-temperature 0.05]
+python benchmark/drm/schedules.py --out runs/figures/drm_schedules [flags of drm.py, as --env-id dm_control/dog-run-v0]
 """
 
 import argparse
@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import panels, save
@@ -29,7 +28,7 @@ def draw(args: drm.Args, out: str) -> None:
             for name, lowest in decays.items()},
         "perturb factor alpha": {
             f"at most {highest}": drm.perturb_factor(beta, args.perturb_rate, args.min_perturb_factor, highest)
-            for highest in (1.0, 0.9, 0.6)},
+            for highest in sorted({1.0, 0.9, 0.6, args.max_perturb_factor}, reverse=True)},
         "exploitation lambda": {
             "": drm.exploitation_lambda(beta, target, args.lambda_temperature, args.target_lambda)},
     }  # fmt: skip
@@ -51,4 +50,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     options, flags = parser.parse_known_args()
-    draw(tyro.cli(drm.Args, args=flags), options.out)
+    draw(drm.parse_args(flags), options.out)

@@ -297,7 +297,11 @@ def main() -> None:
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
     if a.csv:
-        rows = [row for row in rows_of_csv(a.csv) if row["arm"] in a.arms]
+        if a.kind != "curves":
+            parser.error("--csv has curves only")
+        rows = [
+            row for row in rows_of_csv(a.csv) if row["arm"] in a.arms and row["env_id"] in (a.envs or row["env_id"])
+        ]
         curves(rows, a.arms, a.out, "published curves of DrQ-v2" if "drqv2" in a.arms else STARS)
         return
     runs = select(load_runs(a.runs, a.folder), a.envs, a.arms)
