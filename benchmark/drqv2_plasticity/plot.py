@@ -299,9 +299,8 @@ def main() -> None:
     if a.csv:
         if a.kind != "curves":
             parser.error("--csv has curves only")
-        rows = [
-            row for row in rows_of_csv(a.csv) if row["arm"] in a.arms and row["env_id"] in (a.envs or row["env_id"])
-        ]
+        rows = [row for row in rows_of_csv(a.csv) if row["arm"] in a.arms]
+        rows = [row for row in rows if not a.envs or row["env_id"] in a.envs]
         curves(rows, a.arms, a.out, "published curves of DrQ-v2" if "drqv2" in a.arms else STARS)
         return
     runs = select(load_runs(a.runs, a.folder), a.envs, a.arms)
