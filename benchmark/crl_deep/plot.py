@@ -255,6 +255,7 @@ def embeddings(runs, out) -> None:
         axis = figure.add_subplot(1, len(runs), i + 1, projection="3d")
         axis.scatter(*points.T, c=np.arange(len(points)), cmap="plasma", s=6)
         axis.set_title(f"{run.args['env_id']}, depth {depth_of(run)}\n{100 * share:.0f}% of the variance; colour: time")
+        axis.set(xlabel="component 1", ylabel="component 2", zlabel="component 3")
         rows += [
             dict(env_id=run.args["env_id"], depth=depth_of(run), step=t, pc1=p[0], pc2=p[1], pc3=p[2], distance=d)
             for t, (p, d) in enumerate(zip(points, saved["distance"]))

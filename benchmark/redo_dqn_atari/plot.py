@@ -39,6 +39,7 @@ DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/
 BANDS = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games)."
 STARS = " Stars: the paper, at its end (aggregates: over all its games)."
 ARMS = {"least": "least active", "most": "most active", "cbp": "least useful (CBP)", "redo": "ReDo", "sac": "SAC",
+        "dqn": "DQN", "drq": "DrQ(eps)",
         "reset": "resets", "weight-decay": "weight decay"}  # fmt: skip
 LABELS = {RETURN: "return", RANK: "feature rank, dense", TD_LOSS: "TD loss", ALIVE: "neurons not pruned",
           Q_CHANGE: "q-change by recycling"}  # fmt: skip
@@ -227,12 +228,12 @@ def by_replay_ratio(runs, out, paper, ticks=(0.25, 0.5, 1, 2)) -> None:
         color = colours(methods)[method]
         line = [row for row in rows if row["method"] == method]
         ratios, mean, low, high = ([row[key] for row in line] for key in ("replay_ratio", "iqm", "low", "high"))
-        axis.plot(ratios, mean, "o-", color=color, label=method)
+        axis.plot(ratios, mean, "o-", color=color, label=ARMS.get(method, method))
         axis.fill_between(ratios, low, high, color=color, alpha=0.2, linewidth=0)
         axis.plot(ticks, paper[method], "*", color=color, ms=9)
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    finish(axis, f"{about(runs)}, {end:,} frames", "IQM at the end", "replay ratio")
+    finish(axis, f"{about(runs)}, at {end:,} frames", "IQM of human-normalised scores", "replay ratio")
     save(figure, rows, out, BANDS + STARS)
 
 
@@ -251,8 +252,8 @@ def final_scores(runs, out, paper) -> None:
         median = np.median([game.mean() for game in games])
         rows.append(dict(arm=name, games=len(games), seeds=len(games[0]), frames=end, median=median, mean=mean,
                          low=low[0], high=high[0], paper=paper[name]))  # fmt: skip
-    axis.set_xticks(range(len(last)), last)
-    axis.set(title=f"{about(runs)}, {end:,} frames", ylabel="mean human-normalised score")
+    axis.set_xticks(range(len(last)), [ARMS.get(name, name) for name in last])
+    axis.set(title=f"{about(runs)}, at {end:,} frames", ylabel="mean human-normalised score")
     save(figure, rows, out, BANDS + STARS)
 
 
