@@ -42,6 +42,7 @@ Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the 
  4. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
  5. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
  6. The fraction is summed on the device and read once per episode; officially, every update waits for the GPU.
+ 7. Evaluations play other episodes than training; officially, both begin with the same seed.
 Kept as in the official code: the first check compares with the very first batch; the test is <= (the paper writes <);
 the ratio never goes back. "Environment step" means agent step in the paper's replay ratios, but frame in its figures.
 Resets and ReDo on the same agent (Table 1) are in drqv2_plasticity.py: see its --replay-ratio.
@@ -432,7 +433,7 @@ def fau(activations: list) -> torch.Tensor:
 
 
 class PlateauDetector:
-    """Detects when the critic's fraction of active units (FAU) has settled (Section 5, as in the official code).
+    """Detects when the critic's fraction of active units (FAU) has settled (Section 6, as in the official code).
 
     Every check_episodes whole episodes, the average over the last one is compared with that of the check before, and at
     the first check with the very first training batch. The FAU has settled when they differ by at most the threshold.
@@ -605,6 +606,7 @@ def train(args: Args) -> Path:
     frame_shape = (3, args.image_size, args.image_size)
     replay = PixelReplay(replay_capacity(args), action_dim, buffer_device, args.n_step, args.gamma, frame_shape)
     detector = PlateauDetector(args.rr_check_episodes, args.rr_threshold)
+    adaptive = args.rr_switch_step is None and args.rr_high != args.rr_low  # or static, or switched at a given step
     batch_rng = random_stream(args.seed, 0)
     act_rng = random_stream(args.seed, 1)
     learn = partial(update, agent, optimizers, args)
@@ -655,7 +657,7 @@ def train(args: Args) -> Path:
             envs.step_async(action)
 
             # Learn: ... while the networks learn from the steps before it
-            switched = detector.switched if args.rr_switch_step is None else global_step >= args.rr_switch_step
+            switched = detector.switched if adaptive else global_step >= (args.rr_switch_step or math.inf)
             replay_ratio = args.rr_high if switched else args.rr_low
             if global_step >= learning_from and len(replay):
                 for _ in range(updates_due(global_step, replay_ratio)):
@@ -698,7 +700,7 @@ def train(args: Args) -> Path:
             difference = detector.end_episode(metrics.get("fau/critic"))
             if difference is not None:
                 metrics["adaptive_rr/difference"] = difference
-        if detector.switched and not switched and args.rr_switch_step is None:
+        if adaptive and detector.switched and not switched:
             run.say(
                 f"the critic's FAU has settled at {detector.reference:.4f}; the replay ratio is now {args.rr_high:g}"
             )
@@ -728,19 +730,36 @@ def check_args(args: Args) -> tuple:
         refuse("buffer_size", args.buffer_size, f"must be at least --n-step {args.n_step} + 4")
     if args.total_timesteps <= args.learning_starts:
         refuse("total_timesteps", args.total_timesteps, f"must be more than --learning-starts {args.learning_starts}")
+    if args.rr_switch_step is not None and args.rr_switch_step >= args.total_timesteps and args.resume is None:
+        refuse("rr_switch_step", args.rr_switch_step, f"must be less than --total-timesteps {args.total_timesteps}")
     if args.rr_switch_step is not None and args.rr_threshold != Args.rr_threshold:
         refuse("rr_threshold", args.rr_threshold, "does nothing with --rr-switch-step")
+    if args.rr_switch_step is not None and args.rr_high == args.rr_low:
+        refuse("rr_switch_step", args.rr_switch_step, "does nothing with --rr-high equal to --rr-low")
+    return device, buffer_device, check_env(args)
+
+
+def check_env(args: Args) -> int:
+    """Refuses an environment that cannot be played, or that ends before --n-step -> the size of an action."""
+    import gymnasium
+
     with suppress(ImportError):
         import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
     try:
         env = make_env(args.env_id, args.image_size)
         env.reset(seed=0)
         env.close()
+        if len(env.action_space.shape) != 1:
+            raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    if env.unwrapped.spec.max_episode_steps is None and not args.env_id.startswith("dm_control/"):
+    frames = 1000 if args.env_id.startswith("dm_control/") else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps
+    if frames is None:  # as registered; the environment's own specification has lost it
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
-    return device, buffer_device, math.prod(env.action_space.shape)
+    steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
+    if args.n_step > steps:
+        refuse("n_step", args.n_step, f"must be at most {steps}, the steps of an episode of --env-id {args.env_id}")
+    return env.action_space.shape[0]
 
 
 def replay_capacity(args) -> int:
@@ -942,7 +961,7 @@ def capture(update, optimizers: list):
         for buffer, value in zip(static, batch):
             buffer.copy_(value)
         graph.replay()
-        return metrics
+        return dict(metrics)
 
     return captured
 
@@ -962,7 +981,7 @@ class Run:
 
         self.args = args
         self.parts = parts | dict(torch_rng=torch.default_generator)
-        if device.type == "cuda":
+        if "cuda" in (device.type, args.buffer_device):
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
         self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
@@ -1018,7 +1037,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            try:
+                wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            except Exception as error:
+                refuse("track", True, f"wandb does not start: {' '.join(str(error).split())[:200]}")
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""

@@ -51,6 +51,7 @@ Differences from the official code (XuGW-Kevin/DrM), and the reasons for them:
  4. A batch's Q-values are computed once for both losses; the actor's loss computes no gradients for the critic.
  5. Termination stops the bootstrap; officially, a discount of 0 becomes 1 (none of these tasks terminates).
  6. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
+ 7. Evaluations play other episodes than training; officially, both begin with the same seed.
 Not in this file: MetaWorld and Adroit (studies/drm_metaworld.py, drm_adroit.py), A-LIX, TACO.
 Your own environment: --env-id my_module:MyEnv-v0, or `make_env`. Your own intervention: `train`, under "Perturb". What
 is saved: `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode, and a resumed run begins the next.
@@ -862,17 +863,30 @@ def check_args(args: Args) -> tuple:
     if given and args.perturb_every >= args.total_timesteps:
         refuse("perturb_every", args.perturb_every, f"must be less than --total-timesteps {args.total_timesteps}")
     check_idle(args)
+    return device, buffer_device, check_env(args)
+
+
+def check_env(args: Args) -> int:
+    """Refuses an environment that cannot be played, or that ends before --n-step -> the size of an action."""
+    import gymnasium
+
     with suppress(ImportError):
         import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
     try:
         env = make_env(args.env_id, args.image_size)
         env.reset(seed=0)
         env.close()
+        if len(env.action_space.shape) != 1:
+            raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    if env.unwrapped.spec.max_episode_steps is None and not args.env_id.startswith("dm_control/"):
+    frames = 1000 if args.env_id.startswith("dm_control/") else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps
+    if frames is None:  # as registered; the environment's own specification has lost it
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
-    return device, buffer_device, math.prod(env.action_space.shape)
+    steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
+    if args.n_step > steps:
+        refuse("n_step", args.n_step, f"must be at most {steps}, the steps of an episode of --env-id {args.env_id}")
+    return env.action_space.shape[0]
 
 
 def check_idle(args: Args) -> None:
@@ -1093,7 +1107,7 @@ def capture(update, optimizers: list):
         for buffer, value in zip(static, batch):
             buffer.copy_(value)
         graph.replay()
-        return metrics
+        return dict(metrics)
 
     return captured
 
@@ -1113,7 +1127,7 @@ class Run:
 
         self.args = args
         self.parts = parts | dict(torch_rng=torch.default_generator)
-        if device.type == "cuda":
+        if "cuda" in (device.type, args.buffer_device):
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
         self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
@@ -1169,7 +1183,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            try:
+                wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            except Exception as error:
+                refuse("track", True, f"wandb does not start: {' '.join(str(error).split())[:200]}")
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""

@@ -140,8 +140,8 @@ class Args(RunArgs):
     priming_gradient_steps: Period = 0  # heavy priming: all at the first learning step (paper: 100000)
 
     # Interventions: at their steps ...
-    reset_every: Period = 0  # steps between resets of trunks and heads; 0: never
-    shrink_perturb_every: Period = 0  # steps between critic weights := shrink * weights + perturb * new ones; 0: never
+    reset_every: Period = 0  # steps between resets of heads (and of trunks: ours); 0: never
+    shrink_perturb_every: Period = 0  # steps (ours) between critic := shrink * critic + perturb * new weights; 0: never
     shrink: Share = 0.2  # "multiplying the critic network weights by a small scalar" (paper; which one: ours)
     perturb: Share = 1.0  # "a perturbation equivalent to the weights of a randomly initialized network" (paper)
     redo_period_gradient_steps: Period = 0  # gradient steps between recyclings in the critic's heads (ours); 0: never
@@ -546,7 +546,9 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
     """
-    masks = [dormant_score(activation) <= tau for activation in activations]
+    scores = [dormant_score(activation) for activation in activations]
+    finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
+    masks = [(score <= tau) & finite for score in scores]
     for (layer, _), mask in zip(layers, masks):
         fresh = initial_weight(layer, generator).to(layer.weight)
         rows = mask.view(-1, *[1] * (fresh.dim() - 1))
@@ -897,18 +899,18 @@ def train(args: Args) -> Path:
             envs.step_async(action)
 
             # Learn: ... while the networks learn from the steps before it
-            switched = args.augmentation_switch_step is not None and global_step >= args.augmentation_switch_step
+            primed = gradient_steps >= args.priming_gradient_steps  # a resumed run may still have to
+            switched = primed and global_step >= (args.augmentation_switch_step or math.inf)
             augmentation = args.augmentation != switched
-            updates = 0
+            due = updates = 0
             if global_step >= learning_from and len(replay):
-                updates = updates_due(global_step, args.replay_ratio)
-                updates += max(0, args.priming_gradient_steps - gradient_steps)  # heavy priming: all of them now
-            for _ in range(updates):
-                if run.stopped:
-                    break
+                due = updates_due(global_step, args.replay_ratio)
+                due += max(0, args.priming_gradient_steps - gradient_steps)  # heavy priming: all of them now
+            while updates < due and not run.stopped:
                 metrics = learn(sample_batch(replay, stddev, augmentation, args, batch_rng, device))
                 sums = {tag: value + sums.get(tag, 0) for tag, value in metrics.items()}
                 gradient_steps += 1
+                updates += 1
 
             # Intervene
             events = intervene(agent, optimizers, replay, args, global_step, gradient_steps, updates, edit_rng, device)
@@ -957,7 +959,7 @@ def train(args: Args) -> Path:
 # === Housekeeping of this script: what cannot work, processes =========================================================
 # An intervention that edits weights, and those that it does not go with
 CONFLICTS = dict(
-    reset_every=("injection", "spectral_norm"),
+    reset_every=("injection", "spectral_norm", "l2_init"),
     shrink_perturb_every=("injection", "spectral_norm"),
     redo_period_gradient_steps=("injection", "spectral_norm", "layer_norm", "crelu", "priming_gradient_steps"),
     l2_init=("injection",),
@@ -990,6 +992,17 @@ def check_args(args: Args) -> tuple:
         used = name != "injection_step" or args.injection != "none"
         if used and (getattr(args, name) or 0) >= args.total_timesteps and args.resume is None:
             refuse(name, getattr(args, name), f"must be less than --total-timesteps {args.total_timesteps}")
+    if (args.augmentation_switch_step or math.inf) <= args.learning_starts:
+        limit = f"must be more than --learning-starts {args.learning_starts}"
+        refuse("augmentation_switch_step", args.augmentation_switch_step, limit)
+    if not args.augmentation and args.augmentation_switch_step is None and args.shift_pad != Args.shift_pad:
+        refuse("shift_pad", args.shift_pad, "does nothing with --no-augmentation")
+    period, updates = args.redo_period_gradient_steps, (args.total_timesteps - args.learning_starts) * args.replay_ratio
+    if period and not args.replay_ratio <= period <= updates and args.resume is None:
+        limit = f"must lie between the gradient steps of a step, {args.replay_ratio:g}, and of the run, {updates:g}"
+        refuse("redo_period_gradient_steps", period, limit)
+    if args.layer_norm and args.hidden_dim == 1:
+        refuse("hidden_dim", args.hidden_dim, "must be at least 2 with --layer-norm")
     for name, others in CONFLICTS.items():
         for other in others:
             if getattr(args, name) != getattr(Args, name) and getattr(args, other) != getattr(Args, other):
@@ -997,17 +1010,30 @@ def check_args(args: Args) -> tuple:
     for name, other in NEEDS.items():
         if getattr(args, name) != getattr(Args, name) and getattr(args, other) == getattr(Args, other):
             refuse(name, getattr(args, name), f"does nothing without --{other.replace('_', '-')}")
+    return device, buffer_device, check_env(args)
+
+
+def check_env(args: Args) -> int:
+    """Refuses an environment that cannot be played, or that ends before --n-step -> the size of an action."""
+    import gymnasium
+
     with suppress(ImportError):
         import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
     try:
         env = make_env(args.env_id, args.image_size)
         env.reset(seed=0)
         env.close()
+        if len(env.action_space.shape) != 1:
+            raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    if env.unwrapped.spec.max_episode_steps is None and not args.env_id.startswith("dm_control/"):
+    frames = 1000 if args.env_id.startswith("dm_control/") else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps
+    if frames is None:  # as registered; the environment's own specification has lost it
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
-    return device, buffer_device, math.prod(env.action_space.shape)
+    steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
+    if args.n_step > steps:
+        refuse("n_step", args.n_step, f"must be at most {steps}, the steps of an episode of --env-id {args.env_id}")
+    return env.action_space.shape[0]
 
 
 def replay_capacity(args) -> int:
@@ -1209,7 +1235,7 @@ def capture(update, optimizers: list):
         for buffer, value in zip(static, batch):
             buffer.copy_(value)
         graph.replay()
-        return metrics
+        return dict(metrics)
 
     return captured
 
@@ -1229,7 +1255,7 @@ class Run:
 
         self.args = args
         self.parts = parts | dict(torch_rng=torch.default_generator)
-        if device.type == "cuda":
+        if "cuda" in (device.type, args.buffer_device):
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
         self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
@@ -1285,7 +1311,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            try:
+                wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            except Exception as error:
+                refuse("track", True, f"wandb does not start: {' '.join(str(error).split())[:200]}")
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""

@@ -35,9 +35,10 @@ Differences from the official code (google/dopamine, labs/redo), and the reasons
     out channel by channel but the features position by position, so almost only other weights are zeroed.
  2. In the ResNet, the second block's first convolution is read by its own second one, not by the next stack's.
  3. A layer is re-drawn from the distribution that it was initialised from, the ResNet's inner convolutions included.
- 4. Recycling, resets and logs count real gradient steps; officially, the counter also runs during the warm-up. So no
-    evaluation (every 250,000 steps) falls on a reset, as every second one does officially; but at replay ratio 1 they
-    come 30,000 and 80,000 gradient steps after one by turns, so the reset baseline's curve still zigzags.
+ 4. Recycling and resets count real gradient steps, looks at the dormant neurons count steps; officially, a counter of
+    gradient steps that also runs during the warm-up is for all. So no evaluation (every 250,000 steps) falls on a
+    reset, as every second one does officially; but at replay ratio 1 they come 30,000 and 80,000 gradient steps after
+    one by turns, so the reset baseline's curve still zigzags.
  5. The published configuration recycles nothing; the defaults here are the paper's: every 1000 gradient steps, a batch
     of 64, tau 0.1 (0.025 at replay ratio 0.25).
  6. The emulator plays a step while the network learns: the action is chosen before the burst of updates, not after,
@@ -567,7 +568,9 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
     """
-    masks = [dormant_score(activation) <= tau for activation in activations]
+    scores = [dormant_score(activation) for activation in activations]
+    finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
+    masks = [(score <= tau) & finite for score in scores]
     for (layer, _), mask in zip(layers, masks):
         fresh = initial_weight(layer, generator).to(layer.weight)
         rows = mask.view(-1, *[1] * (fresh.dim() - 1))
@@ -740,7 +743,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
-    learning_from = args.learning_starts + max(0, global_step - replay.num_frames)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if the replay is refilled
     first_update = gradient_steps
 
     while not run.stopped:
@@ -760,6 +763,8 @@ def train(args: Args) -> Path:
 
         game_rng = torch.Generator().manual_seed(episode_seed(args.seed, 0, episode))
         obs, info = reset_envs(envs, args, game_rng)
+        if run.stopped:  # a signal, while it saved or began the game
+            continue
         replay.add_first(obs[0, -1])
         start_step, start_update, start_time = global_step, gradient_steps, time.time()
         episode_return, done, lost_life, metrics = 0.0, False, False, {}
@@ -1016,7 +1021,7 @@ def capture(update, optimizers: list):
         for buffer, value in zip(static, batch):
             buffer.copy_(value)
         graph.replay()
-        return metrics
+        return dict(metrics)
 
     return captured
 
@@ -1036,7 +1041,7 @@ class Run:
 
         self.args = args
         self.parts = parts | dict(torch_rng=torch.default_generator)
-        if device.type == "cuda":
+        if "cuda" in (device.type, args.buffer_device):
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
         self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
@@ -1092,7 +1097,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            try:
+                wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            except Exception as error:
+                refuse("track", True, f"wandb does not start: {' '.join(str(error).split())[:200]}")
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""

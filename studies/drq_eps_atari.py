@@ -39,8 +39,8 @@ Adaptive RR (--method adaptive): the replay ratio starts at 0.5 and becomes 2 as
 Differences from the official code (google/dopamine, labs/atari_100k and labs/redo), and the reasons for them:
  1. A shift is drawn from -4 to 4, evenly; officially from -4 to 3.
  2. Dormant neurons are those of the four hidden layers; officially the outputs of both streams count, too.
- 3. At a lost life the learner's episode ends, and that is all; officially the frame stack begins with zeros again, the
-    frame skip is cut, and the agent trains once more.
+ 3. At a lost life the learner's episode ends, and that is all; officially the frame stack begins with zeros again and
+    the frame skip is cut.
  4. The published configuration recycles nothing, and has 100,000 steps; the defaults here are the paper's.
  5. What redo_dqn_atari.py lists, too: the right masks over what reads a convolution; only real gradient steps count;
     the last steps of a truncated episode are kept; episodes end after 108,000 frames; frames are stored once; games are
@@ -455,7 +455,9 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
     """
-    masks = [dormant_score(activation) <= tau for activation in activations]
+    scores = [dormant_score(activation) for activation in activations]
+    finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
+    masks = [(score <= tau) & finite for score in scores]
     for (layer, _), mask in zip(layers, masks):
         fresh = initial_weight(layer, generator).to(layer.weight)
         rows = mask.view(-1, *[1] * (fresh.dim() - 1))
@@ -487,7 +489,7 @@ def recycle_dormant(q_network, optimizer, replay, gradient_steps: int, args, gen
     return counts | {"redo_recycled/all": sum(counts.values()), "events/redo_q_change": q_change}
 
 
-# === Adaptive replay ratio (Ma et al., Section 5) =====================================================================
+# === Adaptive replay ratio (Ma et al., Section 6) =====================================================================
 def fau(activations: list) -> torch.Tensor:
     """Fraction of active units (Eq. 1): the share of positive elements in a list of outputs of ReLUs (batch, ...). All
     elements count equally, over units and batch: this is not one minus the dormant ratio. NaN if one is not finite."""
@@ -497,7 +499,7 @@ def fau(activations: list) -> torch.Tensor:
 
 
 class PlateauDetector:
-    """Detects when the critic's fraction of active units (FAU) has settled (Section 5, as in the official code).
+    """Detects when the critic's fraction of active units (FAU) has settled (Section 6, as in the official code).
 
     Every check_episodes whole episodes, the average over the last one is compared with that of the check before, and at
     the first check with the very first training batch. The FAU has settled when they differ by at most the threshold.
@@ -692,7 +694,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
-    learning_from = args.learning_starts + max(0, global_step - replay.num_frames)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if the replay is refilled
     first_update = gradient_steps
 
     while not run.stopped:
@@ -712,6 +714,8 @@ def train(args: Args) -> Path:
 
         game_rng = torch.Generator().manual_seed(episode_seed(args.seed, 0, episode))
         obs, info = begin_episodes(envs, game_rng)
+        if run.stopped:  # a signal, while it saved or began the game
+            continue
         replay.add_first(obs[0, -1])
         start_step, start_update, start_time = global_step, gradient_steps, time.time()
         episode_return, done, metrics = 0.0, False, {}
@@ -978,7 +982,7 @@ def capture(update, optimizers: list):
         for buffer, value in zip(static, batch):
             buffer.copy_(value)
         graph.replay()
-        return metrics
+        return dict(metrics)
 
     return captured
 
@@ -998,7 +1002,7 @@ class Run:
 
         self.args = args
         self.parts = parts | dict(torch_rng=torch.default_generator)
-        if device.type == "cuda":
+        if "cuda" in (device.type, args.buffer_device):
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
         self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
@@ -1054,7 +1058,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            try:
+                wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            except Exception as error:
+                refuse("track", True, f"wandb does not start: {' '.join(str(error).split())[:200]}")
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""

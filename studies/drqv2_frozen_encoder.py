@@ -740,17 +740,30 @@ def check_args(args: Args) -> tuple:
         refuse("shift_pad", args.shift_pad, "does nothing with --no-augmentation")
     if args.total_timesteps <= args.learning_starts:
         refuse("total_timesteps", args.total_timesteps, f"must be more than --learning-starts {args.learning_starts}")
+    return device, buffer_device, check_env(args)
+
+
+def check_env(args: Args) -> int:
+    """Refuses an environment that cannot be played, or that ends before --n-step -> the size of an action."""
+    import gymnasium
+
     with suppress(ImportError):
         import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
     try:
         env = make_env(args.env_id, args.image_size)
         env.reset(seed=0)
         env.close()
+        if len(env.action_space.shape) != 1:
+            raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    if env.unwrapped.spec.max_episode_steps is None and not args.env_id.startswith("dm_control/"):
+    frames = 1000 if args.env_id.startswith("dm_control/") else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps
+    if frames is None:  # as registered; the environment's own specification has lost it
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
-    return device, buffer_device, math.prod(env.action_space.shape)
+    steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
+    if args.n_step > steps:
+        refuse("n_step", args.n_step, f"must be at most {steps}, the steps of an episode of --env-id {args.env_id}")
+    return env.action_space.shape[0]
 
 
 def replay_capacity(args) -> int:
@@ -952,7 +965,7 @@ def capture(update, optimizers: list):
         for buffer, value in zip(static, batch):
             buffer.copy_(value)
         graph.replay()
-        return metrics
+        return dict(metrics)
 
     return captured
 
@@ -972,7 +985,7 @@ class Run:
 
         self.args = args
         self.parts = parts | dict(torch_rng=torch.default_generator)
-        if device.type == "cuda":
+        if "cuda" in (device.type, args.buffer_device):
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
         self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
@@ -1028,7 +1041,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            try:
+                wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            except Exception as error:
+                refuse("track", True, f"wandb does not start: {' '.join(str(error).split())[:200]}")
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""

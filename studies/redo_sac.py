@@ -232,7 +232,8 @@ class MLP(nn.Module):
     def forward(self, x):
         first = F.relu(self.hidden1(x), inplace=True)
         second = F.relu(self.hidden2(first), inplace=True)
-        return self.head(second), dict(hidden1=first, hidden2=second)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has too few digits for values
+            return self.head(second.float()), dict(hidden1=first, hidden2=second)
 
     def recyclable(self) -> list:
         """[(layer, [the layers that read it])], as `recycle` wants them."""
@@ -254,17 +255,17 @@ class SACAgent(nn.Module):
 
     def policy(self, obs) -> tuple:
         """Observations (batch, obs) -> mean and log std of the normal distribution before tanh, (batch, action)."""
-        mean, log_std = self.actor(obs)[0].float().chunk(2, -1)
+        mean, log_std = self.actor(obs)[0].chunk(2, -1)
         return mean, log_std.clamp(-20, 2)
 
     def critics(self, obs, action) -> tuple:
         """-> q1, q2 (batch, 1)."""
         x = torch.cat([obs, action], -1)
-        return self.critic1(x)[0].float(), self.critic2(x)[0].float()
+        return self.critic1(x)[0], self.critic2(x)[0]
 
     def min_target(self, obs, action) -> torch.Tensor:
         x = torch.cat([obs, action], -1)
-        return torch.minimum(self.target1(x)[0], self.target2(x)[0]).float()
+        return torch.minimum(self.target1(x)[0], self.target2(x)[0])
 
     @torch.no_grad()
     def update_targets(self, tau: float) -> None:
@@ -336,7 +337,9 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
     """
-    masks = [dormant_score(activation) <= tau for activation in activations]
+    scores = [dormant_score(activation) for activation in activations]
+    finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
+    masks = [(score <= tau) & finite for score in scores]
     for (layer, _), mask in zip(layers, masks):
         fresh = initial_weight(layer, generator).to(layer.weight)
         rows = mask.view(-1, *[1] * (fresh.dim() - 1))
@@ -408,7 +411,9 @@ def intervene_sac(agent, optimizers, replay, gradient_steps: int, args, generato
             masks = recycle(network.recyclable(), hidden, optimizer, args.redo_tau, generator)
             metrics[f"redo_recycled/{name}"] = torch.cat(masks).sum()
         else:
-            masks = [dormant_score(h) <= args.redo_tau for h in hidden]
+            scores = [dormant_score(h) for h in hidden]
+            finite = torch.cat(scores).isfinite().all()
+            masks = [(score <= args.redo_tau) & finite for score in scores]
             prune(network.recyclable(), masks, optimizer)
             if target is not None:
                 prune(target.recyclable(), masks)
@@ -616,7 +621,7 @@ def check_args(args: Args) -> tuple:
     needed = {  # rough bytes; a weight has a gradient and two moments, one of the critics a target, too
         "buffer_size": transition_capacity(args) * 4 * (2 * obs_dim + action_dim + 2),
         "width": 3e8 + 4 * 14 * hidden * (hidden + obs_dim + action_dim),
-        "batch_size": 60 * hidden * max(args.batch_size, args.redo_batch_size, args.dormant_batch_size),
+        **{name: 60 * hidden * getattr(args, name) for name in ("batch_size", "redo_batch_size", "dormant_batch_size")},
     }
     devices = check_devices(args, needed)
     default = Args(**Args(method=args.method).task_defaults())
@@ -626,6 +631,8 @@ def check_args(args: Args) -> tuple:
     starts = 0 if args.replay_from else args.learning_starts
     if args.total_timesteps <= starts:
         refuse("total_timesteps", args.total_timesteps, f"must be more than --learning-starts {args.learning_starts}")
+    if args.replay_from and args.checkpoint_replay == "never":
+        refuse("checkpoint_replay", "never", "does not go with --replay-from: a resumed run could not go on with it")
     if args.replay_from and args.learning_starts != default.learning_starts:
         refuse("learning_starts", args.learning_starts, "does nothing with --replay-from")
     period = dict(reset="reset_period_gradient_steps", sac=None).get(args.method, "redo_period_gradient_steps")
@@ -805,7 +812,7 @@ def capture(update, optimizers: list):
         for buffer, value in zip(static, batch):
             buffer.copy_(value)
         graph.replay()
-        return metrics
+        return dict(metrics)
 
     return captured
 
@@ -825,7 +832,7 @@ class Run:
 
         self.args = args
         self.parts = parts | dict(torch_rng=torch.default_generator)
-        if device.type == "cuda":
+        if "cuda" in (device.type, args.buffer_device):
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
         self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
@@ -881,7 +888,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            try:
+                wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            except Exception as error:
+                refuse("track", True, f"wandb does not start: {' '.join(str(error).split())[:200]}")
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""

@@ -275,7 +275,9 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
     """
-    masks = [dormant_score(activation) <= tau for activation in activations]
+    scores = [dormant_score(activation) for activation in activations]
+    finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
+    masks = [(score <= tau) & finite for score in scores]
     for (layer, _), mask in zip(layers, masks):
         fresh = initial_weight(layer, generator).to(layer.weight)
         rows = mask.view(-1, *[1] * (fresh.dim() - 1))

@@ -508,7 +508,8 @@ def selected_neurons(layers, activations, selection, tau, share, generator) -> l
             value = torch.where(value.isfinite(), utility(layer, readers, activation), math.nan)
         count = max(1, round(share * len(value)))
         masks.append(value <= (value.sort().values[count - 1] if share > 0 else -math.inf))
-    return masks
+    finite = torch.stack([activation.isfinite().all() for activation in activations]).all()  # else none
+    return [mask & finite for mask in masks]
 
 
 def cosine_share(rate: float, gradient_steps: int, end: int) -> float:
@@ -717,7 +718,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
-    learning_from = args.learning_starts + max(0, global_step - replay.num_frames)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if the replay is refilled
     first_update = gradient_steps
 
     while not run.stopped:
@@ -737,6 +738,8 @@ def train(args: Args) -> Path:
 
         game_rng = torch.Generator().manual_seed(episode_seed(args.seed, 0, episode))
         obs, _ = begin_episodes(envs, game_rng)
+        if run.stopped:  # a signal, while it saved or began the game
+            continue
         replay.add_first(obs[0, -1])
         start_step, start_update, start_time = global_step, gradient_steps, time.time()
         episode_return, done, metrics = 0.0, False, {}
@@ -1000,7 +1003,7 @@ def capture(update, optimizers: list):
         for buffer, value in zip(static, batch):
             buffer.copy_(value)
         graph.replay()
-        return metrics
+        return dict(metrics)
 
     return captured
 
@@ -1020,7 +1023,7 @@ class Run:
 
         self.args = args
         self.parts = parts | dict(torch_rng=torch.default_generator)
-        if device.type == "cuda":
+        if "cuda" in (device.type, args.buffer_device):
             self.parts["cuda_rng"] = torch.cuda.default_generators[torch.cuda.current_device()]
         self.counters = counters
         self.checkpoint, self.keep_replay = "checkpoint.pt", args.checkpoint_replay != "never"
@@ -1076,7 +1079,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            try:
+                wandb.init(name=self.dir.name, config=asdict(self.args), sync_tensorboard=True)
+            except Exception as error:
+                refuse("track", True, f"wandb does not start: {' '.join(str(error).split())[:200]}")
 
     def stop(self, reason: str, exit_code: int) -> None:
         """From now on `train` saves and ends as soon as it can, with this line and exit code."""

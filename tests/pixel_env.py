@@ -45,7 +45,17 @@ class DoubleDotEnv(DotEnv):
         self.action_space = gymnasium.spaces.Box(np.array([-1.0, -2.0]), np.array([1.0, 2.0]), dtype=np.float64)
 
 
+class MatrixDotEnv(DotEnv):
+    """Actions (2, 3)."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (2, 3))
+
+
 gymnasium.register("Dot-v0", DotEnv)
+gymnasium.register("MatrixDot-v0", MatrixDotEnv)
+gymnasium.register("LimitedDot-v0", DotEnv, max_episode_steps=20)
 CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
 gymnasium.register("ShortHalfCheetah-v5", CHEETAH, max_episode_steps=40)
 gymnasium.register("Dot64-v0", DoubleDotEnv)

@@ -302,6 +302,13 @@ def test_a_signal_cuts_the_episode_saves_and_the_run_goes_on(name, call, step, s
     helpers.signalled_run(rr, name, call, step, capsys, *ADAPTIVE)
 
 
+def test_a_static_run_never_switches(serial, capsys):
+    """Though its FAU has settled: what the detector would do is logged, and no more."""
+    logged = scalars(run(*ADAPTIVE, *EAGER, *STATIC))
+    assert set(logged["adaptive_rr/switched"].values()) == {0} and set(logged["adaptive_rr/difference"]) >= {40}
+    assert "the replay ratio is now" not in capsys.readouterr().err
+
+
 def test_resume_without_the_replay_refills_it(serial, capsys):
     part = helpers.stopped_run(rr, 53, *ADAPTIVE, "--checkpoint-replay", "never", "--rr-check-episodes", 2)
     assert "replay" not in checkpoint(part)
@@ -329,6 +336,10 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(serial):
     (["--rr-check-episodes", 1], "--rr-check-episodes 1: must lie between 2 and"),
     (["--rr-low", 0], "--rr-low 0.0: must lie between 1e-06 and"),
     (["--rr-switch-step", 0], "--rr-switch-step 0: must lie between 1 and"),
+    (["--rr-switch-step", 120], "--rr-switch-step 120: must be less than --total-timesteps 120"),
+    (["--rr-switch-step", 60, *STATIC], "--rr-switch-step 60: does nothing with --rr-high equal to --rr-low"),
+    (["--env-id", "pixel_env:LimitedDot-v0", "--n-step", 11], "--n-step 11: must be at most 10, the steps of an"),
+    (["--env-id", "pixel_env:MatrixDot-v0"], "its actions are no vectors, but of shape (2, 3)"),
     (["--rr-switch-step", 60, "--rr-threshold", 0.1], "--rr-threshold 0.1: does nothing with --rr-switch-step"),
     (["--rr-threshold", -1], "--rr-threshold -1.0: must lie between 0 and"),
     (["--rr-threshold", "nan"], "--rr-threshold nan: must lie between 0 and"),
@@ -364,6 +375,8 @@ def test_an_environment_without_a_time_limit_gets_one(serial, monkeypatch, capsy
     logged = scalars(run(*ADAPTIVE, "--env-id", "pixel_env:EndlessDot-v0"))
     assert set(logged["charts/episodic_length"].values()) == {15}
     assert capsys.readouterr().out.count("its episodes end after 15 steps at the latest") == 1
+    logged = scalars(run(*ADAPTIVE, "--env-id", "pixel_env:LimitedDot-v0"))
+    assert set(logged["charts/episodic_length"].values()) == {10} and "time limit" not in capsys.readouterr().out
 
 
 def test_actions_are_scaled_and_repeated():

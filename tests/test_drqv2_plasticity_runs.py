@@ -293,6 +293,27 @@ def test_a_signal_while_priming_saves_at_once(serial, monkeypatch):
     assert json.loads((part / "summary.json").read_text())["gradient_steps"] == 30 + 44  # at 32, 34, ...
 
 
+def test_priming_that_was_interrupted_goes_on_with_the_same_augmentation(serial, monkeypatch):
+    """Also where it is to be switched right after the priming, as in Fig. 15."""
+    at = int(PIXELS[PIXELS.index("--learning-starts") + 1])
+    flags = [*PIXELS, "--priming-gradient-steps", 30, "--augmentation-switch-step", at + 1]
+    update, augmented = drq.update, []
+
+    def watched(agent, optimizers, args, batch, *more):
+        if len(augmented) == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(agent, optimizers, args, batch, *more)
+
+    sample = drq.sample_batch
+    monkeypatch.setattr(drq, "sample_batch", lambda *values: augmented.append(values[2]) or sample(*values))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(drq, "update", watched)
+        run(*flags)
+    (part,) = Path("runs").iterdir()
+    run("--resume", part)
+    assert augmented == [True] * 30 + [False] * 44
+
+
 def test_resume_with_more_steps_does_not_move_the_resets(serial):
     part = run(*PIXELS, "--reset-every", 40)
     run("--resume", part, "--total-timesteps", 200)

@@ -233,6 +233,17 @@ def test_track_starts_a_weights_and_biases_run(script, flags, monkeypatch):
 
 
 @any_script
+def test_weights_and_biases_that_does_not_start_is_one_line(script, monkeypatch, capsys):
+    wandb = unittest.mock.MagicMock(__spec__=True)
+    wandb.init.side_effect = Exception("api_key not configured (no-tty)")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *TINY[script], "--track")
+    assert stopped.value.code == 2
+    assert "--track True: wandb does not start: api_key not configured (no-tty)\n" in capsys.readouterr().err
+
+
+@any_script
 def test_a_film_of_every_evaluation(script):
     """And TensorBoard says where they lie, and what the flags were."""
     run_dir = run(script, *TINY[script], "--capture-video")

@@ -801,3 +801,19 @@ def test_cudagraphs_equal_eager_across_a_recycle():
         results[captured] = [torch.tensor(losses), *(p.detach().clone() for p in agent.parameters())]
     for a, b in zip(results[False], results[True], strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_nothing_is_recycled_where_any_layer_is_not_finite():
+    """Not even in the layers below: that could hide the NaN."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        network[0].bias[0] = -100  # silent
+        network[2].weight[:, 0] = torch.nan
+    before = copy.deepcopy(network.state_dict())
+    x = torch.rand(8, 3)
+    layers = [(network[0], [network[2]]), (network[2], [network[4]])]
+    optimizer, generator = torch.optim.Adam(network.parameters()), torch.Generator().manual_seed(0)
+    masks = redo.recycle(layers, [network[:2](x), network[:4](x)], optimizer, 0.1, generator)
+    assert not torch.cat(masks).any()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name

@@ -209,6 +209,35 @@ def test_a_signal_during_an_evaluation_repeats_it(monkeypatch):
     assert scalars(whole) == scalars(part) and sorted(scalars(part)["eval/episodes"]) == [80, 120]
 
 
+def test_a_signal_while_it_saves_leaves_nothing_behind(monkeypatch):
+    """No game has begun: the resumed run is the one that was never stopped, bit for bit."""
+    use_fake_games(monkeypatch)
+    flags = [*ATARI, "--checkpoint-every", 100]
+    whole, replay = run_and_replay(redo, *flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        helpers.at_call(patch, redo, "save_file", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))  # first: args.json
+        run(*flags)
+    (part,) = set(Path("runs").iterdir()) - {whole}
+    assert checkpoint(part)["global_step"] == 100
+    _, resumed = run_and_replay(redo, "--resume", part)
+    assert_same(checkpoint(whole), checkpoint(part))
+    assert_same(replay, resumed)
+    assert scalars(whole) == scalars(part)
+
+
+def test_a_refill_that_is_killed_learns_from_the_same_step_on(monkeypatch):
+    use_fake_games(monkeypatch)
+    more = ["--total-timesteps", 400, "--checkpoint-every", 20]
+    whole, part = run(*ATARI), run(*ATARI, "--exp-name", "part")
+    for run_dir in (whole, part):  # finished runs keep no replay
+        assert "replay" not in checkpoint(run_dir)
+    run("--resume", whole, *more)
+    killed_run(redo, 45, "--resume", part, *more)
+    run("--resume", part, *more)
+    assert checkpoint(whole)["gradient_steps"] == checkpoint(part)["gradient_steps"]
+    assert_same(checkpoint(whole)["agent"], checkpoint(part)["agent"])
+
+
 def test_checkpoints_are_made_between_episodes(monkeypatch):
     use_fake_games(monkeypatch, longer=5)  # 7 steps
     save, steps = redo.Run.save, []

@@ -346,6 +346,7 @@ def test_a_run_learns():
     ("--total-timesteps 40", "--total-timesteps 40: must be more than --learning-starts 40"),
     ("--replay-from nowhere --learning-starts 10000", "--replay-from nowhere: has no replay that fits"),
     ("--replay-from nowhere", "--learning-starts 40: does nothing with --replay-from"),
+    ("--replay-from nowhere --checkpoint-replay never", "--checkpoint-replay never: does not go with --replay-from"),
     ("--redo-period-gradient-steps 101", "--redo-period-gradient-steps 101: is longer than the run, which has 100"),
     ("--method reset --reset-period-gradient-steps 101", "--reset-period-gradient-steps 101: is longer than the run"),
     ("--width 60 --buffer-size 1000000000000 --total-timesteps 1000000000000", "the run needs about"),
