@@ -233,7 +233,7 @@ class MLP(nn.Module):
         first = F.relu(self.hidden1(x), inplace=True)
         second = F.relu(self.hidden2(first), inplace=True)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 has too few digits for values
-            return self.head(second.float()), dict(hidden1=first, hidden2=second)
+            return self.head(second.to(self.head.weight.dtype)), dict(hidden1=first, hidden2=second)
 
     def recyclable(self) -> list:
         """[(layer, [the layers that read it])], as `recycle` wants them."""

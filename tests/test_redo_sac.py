@@ -360,6 +360,14 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
     assert os.listdir() == []
 
 
+def test_values_are_not_rounded_to_bfloat16():
+    """At a value of 100 its steps are of 0.5."""
+    agent = study.SACAgent(3, 2, study.Args())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = torch.cat([*agent.critics(torch.rand(9, 3), torch.rand(9, 2)), *agent.policy(torch.rand(9, 3))], 1)
+    assert values.dtype == torch.float32 and (values.bfloat16().float() != values).float().mean() > 0.9
+
+
 def test_a_replay_of_another_environment_is_refused(capsys):
     """Of the same sizes, too."""
     old = run(*TINY, "--env-id", "HalfCheetah-v5", "--checkpoint-replay", "always")
