@@ -170,7 +170,7 @@ def aligned_tasks(runs: list, tag: str) -> tuple:
 
 def seeds_text(groups, tag: str | None = None) -> str:
     """For a caption, "n seeds" or "n to m seeds": of the runs that have logged the tag, if one is given."""
-    counts = sorted({sum(tag is None or len(run.series(tag)[0]) > 0 for run in runs) for runs in groups})
+    counts = sorted({sum(tag is None or len(run.series(tag)[0]) > 0 for run in runs) for runs in groups} - {0}) or [0]
     return f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
 

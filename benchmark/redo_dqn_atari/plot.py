@@ -112,7 +112,8 @@ def label_of(tag: str) -> str:
 
 
 def draw_line(axis, x, mean, low, high, name, color, star=None) -> None:
-    axis.plot(x, mean, "o" if len(x) == 1 else "-", color=color, label=ARMS.get(name, name))
+    label = f"replay ratio {name[2:]}" if name[:2] == "rr" and name[2:3].isdigit() else ARMS.get(name, name)
+    axis.plot(x, mean, "o" if len(x) == 1 else "-", color=color, label=label)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     if star is not None:
         axis.plot(1.02, star, "*", color=color, ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
