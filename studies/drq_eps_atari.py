@@ -679,10 +679,7 @@ def train(args: Args) -> Path:
     replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
     detector = PlateauDetector(check_episodes=1, threshold=args.rr_threshold)  # its "episode" is an interval
     interval_fau = Mean()
-    batch_rng = random_stream(args.seed, 0)
-    redo_rng = random_stream(args.seed, 1)
-    look_rng = random_stream(args.seed, 2)
-    act_rng = random_stream(args.seed, 4)
+    batch_rng, redo_rng, look_rng, act_rng = (random_stream(args.seed, i) for i in (0, 1, 2, 4))
     learn = partial(update, agent, optimizer, args)
     if args.cudagraphs:
         learn = capture(learn, [optimizer])

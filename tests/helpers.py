@@ -148,18 +148,21 @@ def killed_run(script, step, *flags):
     return part
 
 
-def assert_killed_and_resumed_is_the_same(script, dies, *flags):
-    """Checkpoints at the ends of episodes of 20 steps; dies in this step, and once more within the resumed run."""
-    flags = [*flags, "--checkpoint-every", 15]
+def assert_killed_and_resumed_is_the_same(script, dies, *flags, every=15, saved=None, again=(23, 20)):
+    """Dies in this step, when the run had been saved at step `saved` (or at the end of an episode of 20 steps), and
+    once more in step again[0] of the resumed run, when it had been saved again[1] steps later -> its folder."""
+    flags = [*flags, "--checkpoint-every", every]
+    saved = (dies - 1) // 20 * 20 if saved is None else saved
     whole, replay = run_and_replay(script, *flags)
     part = killed_run(script, dies, *flags)
-    saved = checkpoint(part)["global_step"]
-    assert saved == (dies - 1) // 20 * 20
-    assert killed_run(script, 23, "--resume", part) == part and checkpoint(part)["global_step"] == saved + 20
+    assert checkpoint(part)["global_step"] == saved
+    assert killed_run(script, again[0], "--resume", part) == part
+    assert checkpoint(part)["global_step"] == saved + again[1]
     _, resumed = run_and_replay(script, "--resume", part)
     assert_same(checkpoint(whole), checkpoint(part))
     assert_same(replay, resumed)
     assert scalars(whole) == scalars(part)
+    return part
 
 
 def at_call(monkeypatch, where, name, number, action):

@@ -12,7 +12,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import POINT, assert_golden, assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run
+from helpers import POINT, assert_golden, assert_same, checkpoint, run_and_replay, scalars, stopped_run
 
 import crl_deep as crl
 
@@ -127,16 +127,8 @@ def test_stopped_and_resumed_is_bit_identical(flags, buffer_size):
 def test_killed_and_resumed_is_bit_identical(flags, dies, monkeypatch):
     """Checkpoints at steps 40, 80, ...; then killed once more within the resumed run."""
     monkeypatch.setattr(crl, "GOAL_RADIUS", 3.0)  # so large that the last five evaluations differ
-    flags = [*flags, "--checkpoint-every", 30]
-    whole, replay = run_and_replay(crl, *flags)
-    part = killed_run(crl, dies, *flags)
-    saved = checkpoint(part)["global_step"]
-    assert saved == (dies - 1) // 10 * 40
-    assert killed_run(crl, 25, "--resume", part) == part and checkpoint(part)["global_step"] == saved + 80
-    _, resumed = run_and_replay(crl, "--resume", part)
-    assert_same(checkpoint(whole), checkpoint(part))
-    assert_same(replay, resumed)
-    assert scalars(whole) == scalars(part)
+    options = dict(every=30, saved=(dies - 1) // 10 * 40, again=(25, 80))
+    part = helpers.assert_killed_and_resumed_is_the_same(crl, dies, *flags, **options)
     assert flags[0] != POINT[0] or len(set(scalars(part)["eval/time_at_goal_last5"].values())) > 3
 
 
