@@ -13,6 +13,7 @@ name=$(basename "$(dirname "$sweep_file")")_$(basename "$sweep_file" .sh) # <scr
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-smoke} WORKERS=${WORKERS:-1} EXTRA=${EXTRA:-} OUT=${OUT:-runs/figures} DRY_RUN=""
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
+export PYTHONPATH="$PWD/benchmark${PYTHONPATH:+:$PYTHONPATH}" # for shadowless.py
 for argument in "$@"; do
   [ "$argument" = --dry-run ] || { echo "$name: error: unknown argument $argument (only --dry-run is known)" >&2; exit 2; }
   DRY_RUN=1

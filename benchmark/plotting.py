@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import re
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -83,6 +84,11 @@ def load_runs(pattern: str, folder: str = "runs") -> list:
         events.Reload()
         runs.append(Run(path, description["args"], description["action_repeat"], events))
     return runs
+
+
+def task_name(env_id: str) -> str:
+    """dm_control/walker-walk-v0 or shadowless:walker-walk-v0 -> walker-walk"""
+    return re.split("[/:]", env_id)[-1].removesuffix("-v0")
 
 
 def logged(runs: list, tag: str) -> list:

@@ -239,7 +239,7 @@ class PixelReplay:
         self.frames = torch.empty((capacity, *frame_shape), dtype=torch.uint8, device=device)
         self.record = torch.empty((capacity, 3 + action_dim), device=device)
         self.start = torch.zeros(capacity, dtype=torch.int64)  # on the CPU, where indices are drawn
-        self.num_frames = self.num_starts = self.oldest_start = self.age = 0
+        self.num_frames = self.num_steps = self.num_starts = self.oldest_start = self.age = 0
 
     def add_first(self, frame: np.ndarray) -> None:
         """An episode's first frame (3, height, width)."""
@@ -257,6 +257,7 @@ class PixelReplay:
             self.start[self.num_starts % self.capacity] = self.num_frames - self.n_step
             self.num_starts += 1
         self.num_frames += 1
+        self.num_steps += self.age > 0  # an episode's first frame is none
         oldest = self.num_frames - self.capacity  # frame in a full ring; a start needs its whole stack there
         while len(self) and oldest > max(0, self.start[self.oldest_start % self.capacity] - self.stack + 1):
             self.oldest_start += 1
@@ -640,7 +641,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
-    learning_from = args.learning_starts + max(0, global_step - replay.num_frames)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if the replay is refilled
     first_update = gradient_steps
     envs = Environments(args, 1, run)
     eval_envs = Environments(args, min(args.eval_episodes, os.cpu_count()), run)
@@ -977,7 +978,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 2  # of checkpoint.pt
+    FORMAT = 3  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter

@@ -11,6 +11,7 @@ import sys
 import unittest.mock
 from pathlib import Path
 
+import gymnasium
 import helpers
 import mujoco
 import numpy as np
@@ -637,3 +638,20 @@ def test_film_of_pixels(script):
     with VideoFileClip(str(drq_film.film(run_dir, 64))) as clip:
         assert clip.size == [64, 64] and clip.duration == pytest.approx(20 / 25, abs=0.1)
         assert clip.get_frame(0).std() > 10 and (clip.get_frame(0) != clip.get_frame(0.7)).any()
+
+
+def test_without_shadows_a_task_is_the_same_and_its_picture_another(monkeypatch):
+    """Camera and rewards are those of dm_control; its time limit is known to --n-step."""
+    pictures, rewards = [], []
+    for env_id in ("dm_control/walker-walk-v0", "shadowless:walker-walk-v0"):
+        env = adaptive_rr.make_env(env_id, 48)
+        frame, _ = env.reset(seed=1)
+        rng = np.random.default_rng(1)
+        played = [env.step(rng.uniform(-1, 1, 6).astype(np.float32)) for _ in range(20)]
+        pictures.append(np.int64(played[-1][0]))
+        rewards.append([reward for _, reward, *_ in played])
+        env.close()
+    assert rewards[0] == rewards[1]
+    difference = np.abs(pictures[0] - pictures[1])
+    assert 0 < difference.mean() < 10 and (difference == 0).any()
+    assert gymnasium.spec("walker-walk-v0").max_episode_steps == 1000

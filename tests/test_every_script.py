@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.tensorboard
-from helpers import TINY, assert_same, checkpoint, ring_of, run, scalars, stopped_run, wait_for
+from helpers import TINY, assert_same, checkpoint, killed_run, ring_of, run, scalars, stopped_run, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import adaptive_rr as rr
@@ -112,6 +112,21 @@ def test_a_refill_that_is_interrupted_goes_on(script, monkeypatch):
         run(script, "--resume", part)
     starts = script.parse_args(["--resume", str(part)]).learning_starts
     assert 0 <= steps[0] - (starts - 8) <= 8
+
+
+@pytest.mark.parametrize("script", [s for s in TINY if s is not crl], ids=lambda script: script.SCRIPT)
+def test_a_refill_that_is_killed_learns_from_the_same_step_on(script):
+    flags = [*TINY[script], "--learning-starts", 80]
+    whole, part = (run(script, *flags, "--exp-name", name) for name in ("whole", "part"))
+    for run_dir in (whole, part):  # finished runs keep no replay
+        assert "replay" not in checkpoint(run_dir)
+    steps = checkpoint(part)["global_step"] + 200
+    more = ["--total-timesteps", steps, "--checkpoint-every", 20]
+    run(script, "--resume", whole, *more)
+    killed_run(script, 65, "--resume", part, *more)
+    run(script, "--resume", part, *more)
+    assert checkpoint(whole)["gradient_steps"] == checkpoint(part)["gradient_steps"]
+    assert_same(checkpoint(whole)["agent"], checkpoint(part)["agent"])
 
 
 @any_script

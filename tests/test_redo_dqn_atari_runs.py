@@ -225,19 +225,6 @@ def test_a_signal_while_it_saves_leaves_nothing_behind(monkeypatch):
     assert scalars(whole) == scalars(part)
 
 
-def test_a_refill_that_is_killed_learns_from_the_same_step_on(monkeypatch):
-    use_fake_games(monkeypatch)
-    more = ["--total-timesteps", 400, "--checkpoint-every", 20]
-    whole, part = run(*ATARI), run(*ATARI, "--exp-name", "part")
-    for run_dir in (whole, part):  # finished runs keep no replay
-        assert "replay" not in checkpoint(run_dir)
-    run("--resume", whole, *more)
-    killed_run(redo, 45, "--resume", part, *more)
-    run("--resume", part, *more)
-    assert checkpoint(whole)["gradient_steps"] == checkpoint(part)["gradient_steps"]
-    assert_same(checkpoint(whole)["agent"], checkpoint(part)["agent"])
-
-
 def test_checkpoints_are_made_between_episodes(monkeypatch):
     use_fake_games(monkeypatch, longer=5)  # 7 steps
     save, steps = redo.Run.save, []

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import group, load_runs, panels, save
+from plotting import group, load_runs, panels, save, task_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from adaptive_rr import PlateauDetector
@@ -68,7 +68,7 @@ def draw(runs, intervals, thresholds, out) -> None:
             never = sum(math.isnan(frame) for _, frame in points)
             label = f"every {interval} episodes" + (f" ({never} of {len(points)} never)" if never else "")
             switches.plot(*zip(*points), "o", ms=4, color=f"C{i}", label=label)
-        task = env_id.removeprefix("dm_control/").removesuffix("-v0")
+        task = task_name(env_id)
         curves.set(title=task, xlabel="million frames", ylabel="the critic's FAU per episode")
         switches.set(title=f"{task}: first switch", xlabel="threshold", ylabel="million frames", xscale="log")
         for axis in (curves, switches):

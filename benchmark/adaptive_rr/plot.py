@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, group, load_module, load_runs, mean_and_band, panels, save, seeds_text
+from plotting import aligned, group, load_module, load_runs, mean_and_band, panels, save, seeds_text, task_name
 
 drq = load_module("drqv2_plasticity/plot.py")
 
@@ -60,7 +60,7 @@ def table(runs, arms, out) -> None:
         cells.append(line)
     figure, (axis,) = panels(1, width=2 + 2.4 * len(tasks), height=0.5 * len(arms) + 1)
     axis.set_axis_off()
-    columns = [env_id.removeprefix("dm_control/").removesuffix("-v0") for env_id in tasks]
+    columns = [task_name(env_id) for env_id in tasks]
     axis.table(cells, rowLabels=arms, colLabels=columns, loc="center", cellLoc="center").scale(1, 2.4)
     seeds = seeds_text(group(runs, lambda run: (drq.arm(run), run.args["env_id"])).values())
     axis.set_title(f"return at {TABLE_FRAMES:,} frames, or before, where written; {seeds}")

@@ -33,6 +33,7 @@ from plotting import (
     save,
     seeds_text,
     stratified_bootstrap,
+    task_name,
 )
 
 drq = load_module("drqv2_plasticity/plot.py")
@@ -86,7 +87,7 @@ def behaviour(runs, at: list, out) -> None:
         axis.set(xlabel=unit, ylabel=drq.label_of(tag))
         axis.locator_params(axis="x", nbins=4)
     axis.legend(frameon=False, fontsize=6)
-    task = runs[0].args["env_id"].removeprefix("dm_control/").removesuffix("-v0")
+    task = task_name(runs[0].args["env_id"])
     seed = runs[0].args["seed"]
     figure.suptitle(f"{task}: what seed {seed} does after so many frames (evaluation, mean action)")
     save(figure, rows, out, "Pictures: early, in the middle and late in one episode. Dotted: where they were taken.")

@@ -32,6 +32,7 @@ from plotting import (
     read_rows,
     save,
     seeds_text,
+    task_name,
 )
 
 LABELS = {
@@ -158,7 +159,7 @@ def draw_curves(axis, rows, arms) -> None:
     counts = sorted({int(row["seeds"]) for row in ours}) if all(row["seed"] == "" for row in ours) else []
     counts = counts or [len({row["seed"] for row in ours})]
     seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-    task, tag = rows[0]["env_id"].removeprefix("dm_control/").removesuffix("-v0"), rows[0]["tag"]
+    task, tag = task_name(rows[0]["env_id"]), rows[0]["tag"]
     axis.set(title=f"{task}, {seeds}", xlabel=unit, ylabel=label_of(tag))
     axis.locator_params(axis="x", nbins=4)
     axis.legend(frameon=False, fontsize=6)
@@ -229,7 +230,7 @@ def tasks(runs, arms, out) -> None:
         for i, name in enumerate(name for name in arms if name in pair):
             draw_bar(axis, pair[name], place + 0.4 * i - 0.2, arms, 0.4)
         rows += pair.values()
-        names.append(env_id.removeprefix("dm_control/").removesuffix("-v0"))
+        names.append(task_name(env_id))
         if min(pair[name]["mean"] if name in pair else 0 for name in arms[:2]) >= 1:
             ratios.append(pair[arms[0]]["mean"] / pair[arms[1]]["mean"])
             names[-1] += f"  x {ratios[-1]:.1f}"
@@ -261,7 +262,7 @@ def bars(runs, arms, tags, out) -> None:
     axes[0].set_yticks(range(len(arms)), [name_of(name) for name in arms])
     axes[0].invert_yaxis()
     known = any((env_id, "return", name) in PAPER for name in arms)
-    title = f"{env_id.removeprefix('dm_control/')}, last return" + "\nstars: the paper at 3M frames" * known
+    title = f"{task_name(env_id)}, last return" + "\nstars: the paper at 3M frames" * known
     axes[0].set(title=title, xlabel="return")
     for axis, tag in zip(axes[1:], tags):
         part = rows_of(runs, tag)
