@@ -1010,6 +1010,9 @@ class Environments:
             self.envs.closed = True  # its own close() would wait for the dead
             self.envs = None
 
+    def __del__(self):  # the program ends through an error
+        self.close()
+
 
 # === Housekeeping, the same text in every script: arguments, precision, CUDA graphs, files, signals ===================
 def refuse(flag: str, value: object, limit: str) -> None:

@@ -965,6 +965,9 @@ class Environments:
             self.envs.closed = True  # its own close() would wait for the dead
             self.envs = None
 
+    def __del__(self):  # the program ends through an error
+        self.close()
+
 
 class TaskEnvironments(Environments):
     """Those of `make_env`, which wants to know more here."""

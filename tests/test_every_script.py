@@ -465,6 +465,22 @@ def test_a_full_disk_ends_the_log_with_one_line(script, flags, capsys, monkeypat
         assert stopped.value.code == 1 and len(lines) == 1 and "No space left on device" in lines[0]
 
 
+@pytest.mark.parametrize("script, gone", [(rr, False), (drm, True)])
+def test_a_program_that_ends_through_an_error_waits_for_no_environment(script, gone):
+    """pygame's would ignore SIGTERM, and Python sends just that to its children and waits."""
+    flags = [*TINY[script], "--env-id", "Pendulum-v1", "--total-timesteps", "1000000", "--checkpoint-every", "100"]
+    process = subprocess.Popen([sys.executable, script.__file__, *flags], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")), process)
+    (run_dir,) = Path("runs").iterdir()
+    if gone:
+        shutil.rmtree(run_dir)
+        process.send_signal(signal.SIGTERM)
+    else:
+        (run_dir / "checkpoint.tmp").mkdir()  # the next one cannot be written
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "cannot read or write" in printed and "AsyncVectorEnv" not in printed
+
+
 @every_script
 def test_files_that_parse_but_do_not_fit(script, flags, capsys):
     part = run(script, *flags)
