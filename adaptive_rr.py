@@ -196,7 +196,7 @@ def make_env(env_id: str, image_size: int):
 
     if multiprocessing.parent_process() is not None:
         os.setpgrp()  # the terminal's Ctrl-C is meant for the learner alone
-        os.environ["SDL_NO_SIGNAL_HANDLERS"] = "1"  # pygame would ignore SIGTERM, and Python wait for it at its end
+    os.environ["SDL_NO_SIGNAL_HANDLERS"] = "1"  # or pygame would ignore Ctrl-C and SIGTERM, and the program never end
     size = dict(width=image_size, height=image_size)
     make = partial(gymnasium.make, env_id, render_mode="rgb_array", disable_env_checker=True)
     suite = "dm_control" if env_id.startswith("dm_control/") else "gymnasium"

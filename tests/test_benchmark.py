@@ -476,6 +476,8 @@ def checkout(tmp_path):
         ("tasks=hopper-hop", "tasks=Dot"), ("--image-size 36", "--image-size 24"),
         ("--total-timesteps 2000 --eval-every 2000", "--total-timesteps 300 --eval-every 300"),
         ("--total-timesteps 600", "--total-timesteps 300"), ("--eval-steps 100", "--eval-steps 10"),
+        ("--total-timesteps 1200 --eval-every 600 --plasticity-every 500 --plasticity-batch-size 64",
+         "--total-timesteps 300 --eval-every 150 --plasticity-every 100 --plasticity-batch-size 16"),
     ):  # fmt: skip
         assert old in "".join(texts), old
         texts = [text.replace(old, new) for text in texts]
