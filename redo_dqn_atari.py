@@ -852,7 +852,7 @@ def check_args(args: Args) -> tuple:
         ("replay_ratio", args.replay_ratio * UPDATE_PERIOD % 1 == 0, f"must be a multiple of {1 / UPDATE_PERIOD}"),
         ("rank_batch_size", args.rank_batch_size >= 2 * args.dormant_batch_size, "must be twice --dormant-batch-size"),
         ("padding", args.padding == "same" or args.network == "nature", "is for --network nature"),
-        ("total_timesteps", args.total_timesteps > args.learning_starts, "must be more than --learning-starts"),
+        ("total_timesteps", args.total_timesteps > args.learning_starts + 4, "must be more than --learning-starts + 4"),
         ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
         ("learning_starts", args.n_step <= args.learning_starts <= args.buffer_size, "must lie between --n-step and "
          "--buffer-size"),

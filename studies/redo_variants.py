@@ -834,7 +834,7 @@ def check_args(args: Args) -> tuple:
         ("redo_outgoing", args.redo_outgoing == "zero" or not args.redo_compat_flatten, "does not go with "
          "--redo-compat-flatten"),
         ("activation", args.method != "prune" or args.activation == "relu", "lets pruned neurons learn again"),
-        ("total_timesteps", args.total_timesteps > args.learning_starts, "must be more than --learning-starts"),
+        ("total_timesteps", args.total_timesteps > args.learning_starts + 4, "must be more than --learning-starts + 4"),
         ("env_id", args.env_id.startswith("ALE/"), "is no game of the Arcade Learning Environment (ALE/<Game>-v5)"),
         ("replay_ratio", args.replay_ratio * UPDATE_PERIOD % 1 == 0, f"must be a multiple of {1 / UPDATE_PERIOD}"),
         ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
