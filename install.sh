@@ -4,7 +4,8 @@
 # On Debian and Ubuntu it fetches missing system packages itself when run as root or with password-less sudo.
 # bash install.sh metaworld, or adroit, adds what studies/drm_metaworld.py, or drm_adroit.py, needs (for scripts that source
 # this file: SUITES="metaworld adroit").
-# PyTorch is the build for CPUs, gigabytes smaller, where no NVIDIA driver is seen; GPU=1 or CPU=1 decide otherwise.
+# PyTorch is the build for CPUs, gigabytes smaller, where no NVIDIA driver is seen; GPU=1 or CPU=1 decide
+# otherwise, also later.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -34,24 +35,31 @@ packages=()
 ldconfig=$(PATH="$PATH:/sbin:/usr/sbin" command -v ldconfig || true)
 [ "$(uname)" = Darwin ] || { [ -n "$ldconfig" ] && "$ldconfig" -p | grep -q libEGL.so.1; } ||
   packages+=(libegl1 libgl1-mesa-dri libglx-mesa0 libopengl0)
-if [ ${#packages[@]} -gt 0 ]; then
-  if ! command -v apt-get >/dev/null; then
-    fail "please install the equivalents of these Debian packages: ${packages[*]}"
-  elif [ "$(id -u)" = 0 ]; then
-    sudo=""
-  elif sudo -n true 2>/dev/null; then
-    sudo="sudo"
-  else
-    fail "please run: sudo apt-get install ${packages[*]}"
-  fi
+sudo="sudo -n"
+[ "$(id -u)" != 0 ] || sudo=""
+if [ ${#packages[@]} = 0 ]; then
+  :
+elif command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
   $sudo apt-get update -qq
   $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}" >/dev/null
+else
+  todo="please run: sudo apt-get install ${packages[*]} (or install what they are called on your system)"
+  [[ ${packages[0]} != python* ]] || fail "$todo"
+  echo "install.sh: nothing can be drawn (dm_control, --capture-video) until you do this; $todo" >&2
 fi
 
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv # anew, if it was left half-made
 pip=(.venv/bin/python -m pip install -q --disable-pip-version-check)
-if [ "${GPU:-0}" != 1 ] && { [ "${CPU:-0}" = 1 ] || ! command -v nvidia-smi >/dev/null; } && [ "$(uname)" = Linux ] &&
-  ! cmp -s requirements.txt .venv/installed-requirements.txt; then # where PyTorch's index cannot be reached, from PyPI
+before=$(cat .venv/torch-build 2>/dev/null || true) build=gpu
+if [ "${GPU:-0}" != 1 ] && [ "$(uname)" = Linux ]; then
+  if [ "${CPU:-0}" = 1 ] || [ "$before" = cpu ] || { [ -z "$before" ] && ! command -v nvidia-smi >/dev/null; }; then build=cpu; fi
+fi
+if [ "${before:-$build}" != "$build" ]; then # pip takes one build for the other
+  .venv/bin/python -m pip uninstall -qy torch
+  rm -f .venv/installed-requirements.txt
+fi
+echo "$build" >.venv/torch-build
+if [ "$build" = cpu ] && ! cmp -s requirements.txt .venv/installed-requirements.txt; then # where PyTorch's index cannot be reached, from PyPI
   "${pip[@]}" --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "$(grep ^torch== requirements.txt)"
 fi
 for requirements in requirements.txt ${EXTRA_REQUIREMENTS:-}; do # only what changed since it was last installed

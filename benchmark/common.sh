@@ -42,7 +42,7 @@ stop() { # stop EXIT_CODE: all runs save and end
 trap "stop 130" INT
 trap "stop 143" TERM
 
-work() { # work LOG COMMAND ...: runs it and passes SIGTERM on to it; stopped runs have not failed
+work() { # work LOG COMMAND ...: runs it and passes SIGTERM on to it; a stopped run has not failed
   local log=$1 child code=0
   shift
   "$@" >>"$log" 2>&1 &
@@ -52,7 +52,8 @@ work() { # work LOG COMMAND ...: runs it and passes SIGTERM on to it; stopped ru
   wait $child || code=$?
   while kill -0 $child 2>/dev/null; do code=0 && wait $child || code=$?; done # after a signal
   case $code in
-    0 | 130 | 143) ;;
+    0) ;;
+    130 | 143) echo "STOPPED: see $log; the same command resumes it" >>"$failures" ;;
     *) echo "FAILED: see $log" | tee -a "$failures" >&2 ;;
   esac
 }
@@ -107,9 +108,9 @@ draw() { # draw SCRIPT [arguments ...]: waits for the runs, then makes the figur
   echo python "$@" --out "$OUT/${name}_$SCALE"
   [ -z "$DRY_RUN" ] || return 0
   python "$@" --out "$OUT/${name}_$SCALE" || echo "FAILED: the figure" >>"$failures"
-  local failed held
+  local failed unfinished
   failed=$(grep -c "^FAILED: see runs" "$failures" || true)
-  held=$(grep -c "^HELD" "$failures" || true)
-  echo "$name: of $runs runs $skipped were finished before, $((runs - skipped - failed - held)) are now, $failed failed"
+  unfinished=$(grep -c "^HELD\|^STOPPED\|^FAILED: see runs" "$failures" || true)
+  echo "$name: of $runs runs $skipped were finished before, $((runs - skipped - unfinished)) are now, $failed failed"
   [ ! -s "$failures" ] || { cat "$failures" >&2; exit 1; }
 }

@@ -34,6 +34,7 @@ def load_module(path: str):
 
 
 # The same in every picture
+INTERVALS = "95% bootstrap intervals over seeds (of two or three seeds: their range)"
 BASELINES = ("plain", "drqv2", "dqn", "sac", "drq", "relu", "rr0.25", "static0.5")
 METHODS = ("augmentation", "drm", "redo", "redo-rr1", "new", "adaptive")
 
@@ -78,6 +79,9 @@ def load_runs(pattern: str, folder: str = "runs") -> list:
                 found[key] = finished, path.parent, description
     if not found:
         raise SystemExit(f"error: no run under {folder}/ has an --exp-name that matches {pattern}")
+    unfinished = sum(not finished for finished, *_ in found.values())
+    if unfinished:
+        print(f"{unfinished} of {len(found)} runs are not finished: what averages runs ends where the shortest does")
     runs = []
     for _, (_, path, description) in sorted(found.items(), key=lambda item: item[0]):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})

@@ -17,8 +17,13 @@ mkdir -p runs/slurm runs/logs
 commands=$(bash "$sweep" --dry-run)
 grep -E "^python (studies/)?[a-z0-9_]+\.py " <<<"$commands" >"$list" ||
   { echo "slurm.sh: all runs of $name are finished"; exit 0; }
-submit=(sbatch --array="1-$(wc -l <"$list")" --job-name="$name" --output="runs/logs/$name-%A-%a.log" --signal=B:TERM@300)
+submit=(sbatch) options=()
 for option in "$@"; do
-  if [ "$option" = --dry-run ]; then submit=(echo "${submit[@]}"); else submit+=("$option"); fi
+  if [ "$option" = --dry-run ]; then submit=(echo sbatch); else options+=("$option"); fi
 done
-"${submit[@]}" --wrap "eval exec \"\$(sed -n \${SLURM_ARRAY_TASK_ID}p $list)\""
+runs=$(wc -l <"$list")
+for ((done = 0; done < runs; done += 1000)); do # by default Slurm takes no more in an array
+  "${submit[@]}" --array="1-$((runs - done < 1000 ? runs - done : 1000))" --job-name="$name" \
+    --output="runs/logs/$name-%A-%a.log" --signal=B:TERM@300 "${options[@]}" \
+    --wrap "eval exec \"\$(sed -n \$((SLURM_ARRAY_TASK_ID + $done))p $list)\""
+done

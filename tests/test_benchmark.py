@@ -15,7 +15,6 @@ import gymnasium
 import helpers
 import mujoco
 import numpy as np
-import plot_overview
 import plotting
 import pytest
 import torch
@@ -354,12 +353,6 @@ def test_dotted_lines_where_weights_were_perturbed(monkeypatch):
 def test_the_unit_of_an_axis_fits_its_range():
     assert plotting.frames_unit(32_000) == (1e3, "thousand frames")
     assert plotting.frames_unit(3e6) == (1e6, "million frames")
-
-
-def test_the_overview_is_that_of_the_results():
-    plot_overview.draw("out")
-    assert Path("out.csv").read_text() == (ROOT / "benchmark" / "results" / "overview.csv").read_text()
-    assert {row["panel"] for row in read_csv("out.csv")} == {panel[2] for panel in plot_overview.PANELS}
 
 
 def test_arms_in_the_papers_words():

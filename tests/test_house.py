@@ -318,28 +318,47 @@ def test_requirements_hold_all_that_dm_control_needs_but_labmaze():
     assert needed - listed == {"labmaze", "setuptools"}
 
 
+def install_by_a_stub(folder, programs=(), **environment):
+    """Runs install.sh with a pip that only writes down what it is asked for -> what it was, what was printed."""
+    shutil.copy(ROOT / "install.sh", folder)
+    shutil.copy(ROOT / "requirements.txt", folder)
+    stubs = folder / "stubs"
+    stubs.mkdir(exist_ok=True)
+    pip = 'echo "$@" >> asked; case "$*" in *-c*) exec PYTHON "$@" ;; esac'.replace("PYTHON", sys.executable)
+    make = f"mkdir -p .venv/bin; printf '#!/bin/sh\n{pip}\n' > .venv/bin/python; chmod +x .venv/bin/python"
+    python3 = f'if [ "$2" = venv ]; then rm -rf .venv; {make}; else exec {sys.executable} "$@"; fi'
+    for name, body in {"python3": python3, **dict(programs)}.items():
+        (stubs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (stubs / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}"} | environment
+    (folder / "asked").write_text("")
+    done = subprocess.run(
+        ["bash", "install.sh"], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
+    return (folder / "asked").read_text(), done.stderr
+
+
 def test_install_repairs_a_venv_that_was_left_half_made(tmp_path):
-    """With a pip that only writes down what it is asked for."""
-    shutil.copy(ROOT / "install.sh", tmp_path)
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
     broken = tmp_path / ".venv/bin/python"
     broken.write_text("#!/bin/sh\nexit 1\n")  # it has no pip, as Ctrl-C during its creation leaves it
     broken.chmod(0o755)
-    stub = tmp_path / "stubs/python3"
-    stub.parent.mkdir()
-    pip = 'echo "$@" >> asked; case "$*" in *-c*) exec PYTHON "$@" ;; esac'.replace("PYTHON", sys.executable)
-    make = f"mkdir -p .venv/bin; printf '#!/bin/sh\n{pip}\n' > .venv/bin/python; chmod +x .venv/bin/python"
-    stub.write_text(f'#!/bin/sh\nif [ "$2" = venv ]; then rm -rf .venv; {make}; else exec {sys.executable} "$@"; fi\n')
-    stub.chmod(0o755)
-    environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "CPU": "1"}
-    subprocess.run(["bash", "install.sh"], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    asked = (tmp_path / "asked").read_text()
+    asked, _ = install_by_a_stub(tmp_path, CPU="1")
     assert "download.pytorch.org/whl/cpu torch==2" in asked and "check -r requirements.txt" in asked
     assert ("--no-deps dm_control==1.0.50" in asked) == (sys.version_info >= (3, 13))
 
 
-def test_install_names_the_packages_it_may_not_install(tmp_path):
-    done = install(tmp_path, ldconfig="exit 0", id="echo 1000", sudo="exit 1")
-    packages = "libegl1 libgl1-mesa-dri libglx-mesa0 libopengl0"
-    assert done.returncode == 1 and done.stderr == f"install.sh: please run: sudo apt-get install {packages}\n"
+def test_install_changes_the_build_of_torch_when_it_is_told_to(tmp_path):
+    cpu, _ = install_by_a_stub(tmp_path, CPU="1")
+    assert "whl/cpu torch==2" in cpu
+    gpu, _ = install_by_a_stub(tmp_path, GPU="1")
+    assert "uninstall -qy torch" in gpu and "check -r requirements.txt" in gpu and "whl/cpu" not in gpu
+    again, _ = install_by_a_stub(tmp_path)
+    assert "install" not in again
+
+
+def test_install_goes_on_without_what_only_drawing_needs(tmp_path):
+    """A user who may not install packages, on a machine without EGL."""
+    asked, printed = install_by_a_stub(tmp_path, dict(ldconfig="exit 0", id="echo 1000", sudo="exit 1"), CPU="1")
+    assert "check -r requirements.txt" in asked and printed.startswith("install.sh: nothing can be drawn (dm_control")
+    assert "sudo apt-get install libegl1 libgl1-mesa-dri libglx-mesa0 libopengl0 (or" in printed.splitlines()[0]

@@ -124,6 +124,16 @@ def test_runs_that_fail_are_counted(folder):
     assert summary(done) == f"drm_cpu: of {RUNS} runs 0 were finished before, 0 are now, {RUNS} failed"
 
 
+def test_a_run_that_was_stopped_alone_is_not_finished(folder):
+    process = begin(folder)
+    os.kill(pids(folder)[0], signal.SIGTERM)
+    wait_for(lambda: len(pids(folder)) == RUNS, process)
+    (folder / "runs" / "go").touch()
+    printed, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and errors.count("STOPPED: see runs/logs/") == 1
+    assert printed.splitlines()[-1] == f"drm_cpu: of {RUNS} runs 0 were finished before, {RUNS - 1} are now, 0 failed"
+
+
 def test_a_figure_that_fails_is_said(folder):
     (folder / "runs" / "go").touch()
     (folder / "benchmark" / "drm" / "plot.py").write_text("raise SystemExit(3)")
@@ -214,6 +224,13 @@ def test_slurm_gives_a_run_five_minutes_to_save(folder):
 def test_slurm_takes_a_path_from_where_the_caller_stands(folder):
     done = slurm(folder, "cpu.sh", "--dry-run", cwd=folder / "benchmark" / "drm")
     assert done.returncode == 0 and done.stdout.startswith("sbatch --array=1-3 --job-name=drm_cpu_smoke ")
+
+
+def test_slurm_gets_arrays_of_at_most_a_thousand_runs(folder):
+    done = slurm(folder, "benchmark/redo_dqn_atari/drq_fig10d.sh", "--dry-run", SCALE="paper")
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["--array=1-1000", "--array=1-1000", "--array=1-80"]
+    assert [line.split("ID + ")[1].split(")")[0] for line in lines] == ["0", "1000", "2000"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["no-such-sweep.sh"]])

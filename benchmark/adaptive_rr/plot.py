@@ -12,7 +12,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, group, load_module, load_runs, mean_and_band, panels, save, seeds_text, task_name
+from plotting import (
+    INTERVALS,
+    aligned,
+    group,
+    load_module,
+    load_runs,
+    mean_and_band,
+    panels,
+    save,
+    seeds_text,
+    task_name,
+)
 
 drq = load_module("drqv2_plasticity/plot.py")
 
@@ -64,7 +75,7 @@ def table(runs, arms, out) -> None:
     axis.table(cells, rowLabels=arms, colLabels=columns, loc="center", cellLoc="center").scale(1, 2.4)
     seeds = seeds_text(group(runs, lambda run: (drq.arm(run), run.args["env_id"])).values())
     axis.set_title(f"return at {TABLE_FRAMES:,} frames, or before, where written; {seeds}")
-    save(figure, rows, out, "Mean and 95% bootstrap interval over seeds; below, the paper's mean and std at 2M frames.")
+    save(figure, rows, out, f"Mean and {INTERVALS}; below, the paper's mean and std at 2M frames.")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import asked, group, mean_and_band, panels, save, seeds_text
+from plotting import INTERVALS, asked, group, mean_and_band, panels, save, seeds_text
 
 TAGS = {"eval/nce": "held-out loss (InfoNCE)", "eval/success": "share of the goals reached"}
 FIELDS = ("maze", "data_seed", "gradient_steps", "width", "depth")  # what the arms differ in
@@ -114,7 +114,7 @@ def draw(runs, out) -> None:
     draw_map(axes[3], maps[0])
     draw_map(axes[7], maps[-1])
     arms = group(runs, lambda run: tuple(run.args[name] for name in FIELDS)).values()
-    save(figure, rows, out, f"Bars: 95% bootstrap intervals over seeds ({seeds_text(arms)}). Maps: seed "
+    save(figure, rows, out, f"Bars: {INTERVALS}; here {seeds_text(arms)}. Maps: seed "
          f"{maps[0].args['seed']}, star: the goal, each in its own colours.")  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 
 FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig8, fig9, fig10, fig11, fig12, baselines, fig13, fig16,
 fig17 or table2. Each is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal,
-mean of the last five evaluations (fig8: of single ones). Bands are 95% bootstrap confidence intervals over seeds.
+mean of the last five evaluations (fig8, baselines: of single ones). Bands are 95% bootstrap intervals over seeds.
 Stars are the paper's numbers, at its own number of steps and on Brax's physics, which is not the one simulated here;
 the arm panels of the paper are omitted. What quickstart, fig9, fig10 and fig17 show is computed from the run's
 checkpoint.pt: its last evaluation is played again.
@@ -18,12 +18,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, group, load_module, load_runs, logged, mean_and_band, panels, save, seeds_text
+from plotting import INTERVALS, aligned, group, load_module, load_runs, logged, mean_and_band, panels, save, seeds_text
 
 looks = load_module("crl_deep/looks.py")
 
 SCORE = "eval/time_at_goal_last5"
-BANDS = "Bands: 95% bootstrap confidence intervals over seeds."
+BANDS = f"Bands: {INTERVALS}."
 STARS = " Stars: the paper's numbers (Brax physics, its own steps). Its arm panels are omitted."
 CUT = " Some runs ended earlier: the CSV has each point's steps."
 
@@ -132,12 +132,12 @@ def collectors(runs, out) -> None:
             axis.plot(steps / 1e6, mean, color=color, label=label)
             axis.fill_between(steps / 1e6, low, high, color=color, alpha=0.2, linewidth=0)
             rows += [
-                dict(env_id=env_id, collector_depth=depth, agent=name, seeds=len(seeds), step=int(s), mean=m, low=lo,
+                dict(env_id=env_id, collector_depth=depth, agent=name, seeds=len(values), step=int(s), mean=m, low=lo,
                      high=hi)
                 for s, m, lo, hi in zip(steps, mean, low, high)
             ]  # fmt: skip
-        axis.set(title=f"{env_id}, {seeds_text([seeds])}\ncollector of depth {depth}",
-                 xlabel="million environment steps", ylabel="steps at the goal")  # fmt: skip
+        title = f"{env_id}, {seeds_text([seeds], 'eval/time_at_goal/deep')}\ncollector of depth {depth}"
+        axis.set(title=title, xlabel="million environment steps", ylabel="steps at the goal")
         axis.legend(frameon=False, fontsize=7)
     save(figure, rows, out, BANDS)
 

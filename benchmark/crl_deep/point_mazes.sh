@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Not a figure of the paper: what a CPU shows. Three seeds in the open room (at least 0.9 of the goals within 100k steps),
-# and depth 4, 8 and 16 in the U-maze. Two cores: about half an hour with WORKERS=2 and OMP_NUM_THREADS=1.
+# and depth 4, 8 and 16 in the U-maze. Two cores: about 40 minutes with WORKERS=2 and OMP_NUM_THREADS=1.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
 

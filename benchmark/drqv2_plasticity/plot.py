@@ -21,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import (
+    INTERVALS,
     aligned,
     colours,
     frames_unit,
@@ -169,7 +170,7 @@ def note_of(rows, stars=STARS) -> str:
     """The footnote: what of all this the picture has."""
     kinds = {row["seeds"] for row in rows}
     notes = ["Returns: evaluations."] * any(row["tag"] == "return" for row in rows)
-    notes += ["Bands: 95% bootstrap intervals over seeds."] * any(kind not in (1, "paper", "event") for kind in kinds)
+    notes += [f"Bands: {INTERVALS}."] * any(kind not in (1, "paper", "event") for kind in kinds)
     ends = {}
     for row in (row for row in rows if row["seeds"] not in ("paper", "event")):
         ends[row["env_id"]] = max(row["frames"], ends.get(row["env_id"], 0))
@@ -243,7 +244,7 @@ def tasks(runs, arms, out) -> None:
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     axis.legend(unique.values(), unique.keys(), frameon=False, fontsize=7)
-    lines = " Lines: 95% bootstrap intervals over seeds." * any(row["seeds"] > 1 for row in rows)
+    lines = f" Lines: {INTERVALS}." * any(row["seeds"] > 1 for row in rows)
     save(figure, rows, out, f"Evaluations at the end.{lines}")
 
 

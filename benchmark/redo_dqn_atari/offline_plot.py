@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, asked, group, mean_and_band, panels, save, seeds_text
+from plotting import INTERVALS, aligned, asked, group, mean_and_band, panels, save, seeds_text
 
 DORMANT, LOSS, BY_STATES = "dormant_ratio_tau0/all", "losses/td", "dormant_by_states_tau0/"
 STATES = ("oldest", "replay", "newest", "noise")
@@ -93,7 +93,7 @@ def draw(runs, out) -> None:
     axes[1].set(ylabel="loss", yscale="log")
     axes[1].legend(frameon=False, fontsize=7)
     rows += draw_states(axes[2], arms)
-    note = "Bands and bars: 95% bootstrap intervals over seeds."
+    note = f"Bands and bars: {INTERVALS}."
     paper = " Stars: the paper at its end (DemonAttack; Nature network; Fig. 8: tau is not said)."
     save(figure, rows, out, note + ("" if smoke else paper))
 

@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import (
+    INTERVALS,
     aligned,
     aligned_tasks,
     colours,
@@ -36,7 +37,7 @@ RETURN, RANK = "eval/episodic_return", "feature_rank/dense"
 TD_LOSS, Q_CHANGE, ALIVE = "losses/td", "events/redo_q_change", "events/alive"
 DORMANT = "dormant_ratio_tau{}/all"
 DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/critics"
-BANDS = "Bands: 95% bootstrap intervals over seeds (IQM: stratified over runs x games)."
+BANDS = f"Bands: {INTERVALS}; IQM: stratified over runs x games."
 STARS = " Stars: the paper, at its end (aggregates: over all its games)."
 ARMS = {"least": "least active", "most": "most active", "cbp": "least useful (CBP)", "redo": "ReDo", "sac": "SAC",
         "dqn": "DQN", "drq": "DrQ(eps)",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import aligned, asked, group, mean_and_band, panels, save, seeds_text
+from plotting import INTERVALS, aligned, asked, group, mean_and_band, panels, save, seeds_text
 
 DORMANT, ACCURACY = "dormant_ratio_tau0/all", "charts/accuracy"
 LABELS = {DORMANT: "dormant neurons (tau = 0)", ACCURACY: "training accuracy"}
@@ -63,7 +63,7 @@ def draw(runs, out) -> None:
             rows += [dict(data=data, shuffled=title) | row for row in draw_panel(axis, arms, names, tag, smoke)]
             axis.set_title(f"{data}: {title}", fontsize=9)
         axes[2 * i + 1].legend(frameon=False, fontsize=7)
-    note = "Dotted: the labels change. Bands: 95% bootstrap intervals over seeds."
+    note = f"Dotted: the labels change. Bands: {INTERVALS}."
     save(figure, rows, out, note + (" Stars: the paper (CIFAR-10, 3 seeds), in both rows." if not smoke else ""))
 
 
