@@ -29,16 +29,18 @@ window that is as long as an episode and begins at any step.
     python studies/crl_baselines.py --method sac-her           one of these runs
     python studies/crl_baselines.py --env-id humanoid --depth 16      the paper's size: for a GPU, not run yet
 
-The paper's words for its baselines are few; what it leaves open is as in the benchmark that its code grew from
-(JaxGCRL): two critics of which the smaller value counts, tau 0.005, HER "final", for ant and humanoid SAC's learning
-rate 1e-4. Differences from that code, so that all methods have the same environments, networks and rhythm:
+The paper's words for its baselines are few. GCBC and GCSL have no public code: goals and loss are our reading. What is
+left open of SAC is as in the benchmark that the paper's code grew from (JaxGCRL): two critics of which the smaller value
+counts, tau 0.005, HER "final", a learning rate of 1e-4 for ant and humanoid. Differences from that code, so that all methods have the same environments, networks and rhythm:
  1. The trunk is the residual network of crl_deep.py; there, 2 x 256 ReLU.
  2. As many gradient steps per environment step as contrastive RL takes, on batches of 512; there, of 256.
  3. The discount is 0.99; there, 0.9. The temperature learns at the rate of the networks; there, at 3e-4.
  4. A transition that a time limit ends has no next state here and is left out; there, SAC's critics leave it out.
  5. A place counts as reached where a step ends; there, HER asks where it begins. HER's goal is the place of the last
-    step's end; there, of its beginning.
+    step's end; there, of its beginning. An end at the very last step of a window is not seen.
  6. SAC's log pi is exact where tanh saturates. gcbc and gcsl count a stored action of 1 as 1 - 1e-6.
+ 7. The policy learns from the critics after their step; there, before it. Initial weights and the bounds of the
+    policy's standard deviation are crl_deep.py's.
 Not in this file: TD3 + HER, and the arm tasks on which GCBC gains from depth.
 Your own method: a function like `imitate`. What is saved: `parts` and counters in `train`, between training steps.
 Ctrl-C finishes the current one, so that a resumed run equals, bit for bit, one that was never stopped.

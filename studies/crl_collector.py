@@ -28,7 +28,8 @@ shallow collector both are alike, and bad. So depth helps twice: it collects bet
     python studies/crl_collector.py --env-id ant_big_maze --collector-depth 4     the paper's size: for a GPU, not run
 
 Differences from the official code: it has no such experiment. Beyond crl_deep.py's, none: what it says of environments,
-networks, losses and goals holds here. That all learn from the very same batches is our choice. Not here: the arm task.
+networks, losses and goals holds here. That all learn from the very same batches is our choice. All draw from
+one stream of random numbers, so that other learners make another collector, too. Not here: the arm task.
 Your own learner: an entry of `depths` in `train`. What is saved: `parts` and counters in `train`, between training
 steps. Ctrl-C finishes the current one, so that a resumed run equals, bit for bit, one that was never stopped.
 """

@@ -1,5 +1,7 @@
 """studies/crl_baselines.py: which transitions are drawn, their goals and rewards, the losses by hand, whole runs."""
 
+import copy
+
 import helpers
 import numpy as np
 import pytest
@@ -168,12 +170,22 @@ def test_soft_actor_critic_by_hand():
         y = reward + 0.9 * (both.min(1).values - np.exp(-1) * next_log_prob)
         q1, q2 = (critic(torch.cat([state, action, goal], 1))[:, 0] for critic in agent.critics)
         critic_loss = 0.5 * ((q1 - y) ** 2).mean() + 0.5 * ((q2 - y) ** 2).mean()
-    before = [p.clone() for p in agent.targets.parameters()]
+    before, old_actor = [p.clone() for p in agent.targets.parameters()], copy.deepcopy(agent.actor)
     torch.manual_seed(3)
     metrics = base.update(agent, optimizers, args, batch)
     assert metrics["losses/critic"] == pytest.approx(float(critic_loss), rel=1e-5)
     assert metrics["losses/alpha_value"] == pytest.approx(float(np.exp(-1)))
     assert metrics["losses/entropy"] < 0.5 * 2 and agent.log_alpha > -1  # entropy below its target: alpha rises
+    with torch.no_grad():  # the policy's loss is taken with the critics after their step
+        torch.manual_seed(3)
+        base.sample_action(*old_actor(next_state, goal))
+        new_action, log_prob = base.sample_action(*old_actor(state, goal))
+        q1, q2 = (critic(torch.cat([state, new_action, goal], 1))[:, 0] for critic in agent.critics)
+        actor_loss = (np.exp(-1) * log_prob - torch.minimum(q1, q2)).mean()
+    assert metrics["losses/actor"] == pytest.approx(float(actor_loss), rel=1e-5)
+    assert metrics["losses/entropy"] == pytest.approx(float(-log_prob.mean()), rel=1e-5)
+    expected = np.exp(-1) * float(-log_prob.mean() + args.entropy_coef * 2)
+    assert float(agent.log_alpha.grad) == pytest.approx(expected, rel=1e-5)
     for old, target, critic in zip(before, agent.targets.parameters(), agent.critics.parameters(), strict=True):
         assert torch.allclose(target, old + 0.005 * (critic - old), atol=1e-7)
     assert all(p.requires_grad for p in agent.critics.parameters())
@@ -216,6 +228,7 @@ def test_speed_flags_change_bits_but_not_results(flag, method, quick_compiler):
     plain, fast = scalars(run(*flags)), scalars(run(*flags, *flag))
     first = min(plain["losses/actor"])
     assert fast["losses/actor"][first] == pytest.approx(plain["losses/actor"][first], rel=0.05, abs=0.05)
+    assert fast["losses/actor"] != plain["losses/actor"] if "bfloat16" in flag else torch._dynamo.utils.counters
 
 
 def test_a_longer_run_has_a_longer_ring():
@@ -224,7 +237,9 @@ def test_a_longer_run_has_a_longer_ring():
     state = replay.state_dict()
     longer.load_state_dict(state)
     assert longer.size == longer.pointer == 30
-    assert all(torch.equal(getattr(longer, name)[:30], getattr(replay, name)[:30]) for name in state if len(name) > 7)
+    rings = [name for name, value in state.items() if isinstance(value, torch.Tensor)]
+    assert {"state", "action", "goal", "achieved", "episode", "fallen"} <= set(rings)
+    assert all(torch.equal(getattr(longer, name)[:30], getattr(replay, name)[:30]) for name in rings)
     del state["fallen"]
     with pytest.raises(KeyError):
         longer.load_state_dict(state)

@@ -4,7 +4,7 @@
 # on an arm task); GCBC and GCSL reach about nothing on humanoid and ant_big_maze at any depth.
 # SCALE=small, for two cores: the point mass in the room, depth 4 and 16, seeds 8 to 12 (contrastive RL's settings were chosen on
 # seeds 1 to 3; the others have the same ones, untuned). Expected there, and written down before the runs: contrastive RL 76 to
-# 97 of 150 steps at the goal, as seeds 1 to 7 had, at least 20 more than SAC + HER, and that at least 20 more than GCBC; SAC alone
+# 97 of 150 steps at the goal in the last evaluation, as seeds 1 to 7 had, at least 20 more than SAC + HER, and that at least 20 more than GCBC; SAC alone
 # at most 10; no method gains by depth 16 more than its spread over seeds, 10.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/crl_deep/runs.sh
