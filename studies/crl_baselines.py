@@ -29,9 +29,10 @@ window that is as long as an episode and begins at any step.
     python studies/crl_baselines.py --method sac-her           one of these runs
     python studies/crl_baselines.py --env-id humanoid --depth 16      the paper's size: for a GPU, not run yet
 
-The paper's words for its baselines are few. GCBC and GCSL have no public code: goals and loss are our reading. What is
-left open of SAC is as in the benchmark that the paper's code grew from (JaxGCRL): two critics of which the smaller value
-counts, tau 0.005, HER "final", a learning rate of 1e-4 for ant and humanoid. Differences from that code, so that all methods have the same environments, networks and rhythm:
+The paper's words for its baselines are few. GCBC and GCSL have no public code: goals and loss are our reading. SAC is,
+where it is left open, as in the benchmark that the paper's code grew from (JaxGCRL): two critics of which the smaller
+value counts, tau 0.005, HER "final", a learning rate of 1e-4 for ant and humanoid. Differences from that code, so that
+all methods have the same environments, networks and rhythm:
  1. The trunk is the residual network of crl_deep.py; there, 2 x 256 ReLU.
  2. As many gradient steps per environment step as contrastive RL takes, on batches of 512; there, of 256.
  3. The discount is 0.99; there, 0.9. The temperature learns at the rate of the networks; there, at 3e-4.
@@ -956,7 +957,7 @@ def parse_args(command_line: list) -> Args:
     """The command line -> arguments. What is not given comes from the task's defaults, or from the resumed run."""
     import tyro
 
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=[word for word in command_line if word not in ("-h", "--help")])  # that is for below
     if args.resume is None:
         return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
@@ -1270,7 +1271,8 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None and not self.finished:
-            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
+            way = f"; to continue: --resume {self.dir}" if self.checkpoint == "checkpoint.pt" else ""
+            self.say(f"{self.reason}; saved as {self.checkpoint}{way}")
             raise SystemExit(self.stopped)
 
 

@@ -40,8 +40,9 @@ Differences from the official code (XuGW-Kevin/DrM; 1 to 6 of drm.py hold, too),
  8. A seed decides object and goal; officially, they come from NumPy's global generator.
  9. The first frame is repeated before an episode; in head, zeros stand there, and the first frame is stored twice.
 10. A transition is drawn uniformly; officially, first an episode (all have the same length: the same).
-11. The sparse reward is 1 for a step in which the goal is reached; how steps of the simulator add up is not said.
-12. An evaluation plays on after a success; in release it stops there, and asks for the last step of the simulator.
+11. A step is a success, and its sparse reward 1, if either of its two steps of the simulator reaches the goal; in
+    release, the second one. An evaluation plays on after a success; in release it stops there.
+12. An episode's first frame shows its own goal; officially, that of the episode before (or of the draw before).
 13. With head, soccer has the settings of the other tasks; officially, it crashes.
 Kept: object and goal are new in every episode; the picture is turned upright; alpha_max by task (TASKS).
 Which eight tasks Fig. 7 shows is not known to us. Not here: MetaWorld's other cameras, its state vector.
@@ -204,6 +205,7 @@ def make_env(env_id: str, image_size: int, episode_length: int, sparse: bool):
         os.environ.setdefault("MUJOCO_GL", "egl")
     import gymnasium
     import metaworld
+    import mujoco
     from gymnasium.wrappers import AddRenderObservation, TimeLimit, TransformObservation
 
     class Task(gymnasium.Wrapper):
@@ -213,6 +215,7 @@ def make_env(env_id: str, image_size: int, episode_length: int, sparse: bool):
             if seed is not None:
                 self.unwrapped.seed(seed)  # its reset would ignore it
             obs, info = self.env.reset()
+            mujoco.mj_forward(self.unwrapped.model, self.unwrapped.data)  # or goals are drawn where they were before
             return obs, info | dict(success=0.0)
 
         def step(self, action):
@@ -989,7 +992,7 @@ def parse_args(command_line: list) -> Args:
     """The command line -> arguments. What is not given comes from the task's defaults, or from the resumed run."""
     import tyro
 
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=[word for word in command_line if word not in ("-h", "--help")])  # that is for below
     if args.resume is None:
         return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
@@ -1303,7 +1306,8 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None and not self.finished:
-            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
+            way = f"; to continue: --resume {self.dir}" if self.checkpoint == "checkpoint.pt" else ""
+            self.say(f"{self.reason}; saved as {self.checkpoint}{way}")
             raise SystemExit(self.stopped)
 
 

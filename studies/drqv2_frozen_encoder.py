@@ -834,7 +834,7 @@ def parse_args(command_line: list) -> Args:
     """The command line -> arguments. What is not given comes from the task's defaults, or from the resumed run."""
     import tyro
 
-    args = tyro.cli(Args, args=command_line)
+    args = tyro.cli(Args, args=[word for word in command_line if word not in ("-h", "--help")])  # that is for below
     if args.resume is None:
         return tyro.cli(Args, args=command_line, default=Args(**args.task_defaults()))
     try:
@@ -1148,7 +1148,8 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.stopped is not None and not self.finished:
-            self.say(f"{self.reason}; saved as {self.checkpoint}; to continue: --resume {self.dir}")
+            way = f"; to continue: --resume {self.dir}" if self.checkpoint == "checkpoint.pt" else ""
+            self.say(f"{self.reason}; saved as {self.checkpoint}{way}")
             raise SystemExit(self.stopped)
 
 
