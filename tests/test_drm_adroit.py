@@ -30,6 +30,14 @@ for name in ("pen", "door", "hammer"):
         same=bool((first == again).all()), other=bool((first != other).any()), shape=list(first.shape),
         joints=info["joints"].tolist(), dtype=str(info["joints"].dtype), success=info["success"],
         action=env.action_space.shape[0])
+    hand = env.unwrapped
+    names = [hand.model.joint(i).name.rpartition("/")[2] for i in range(hand.model.nq)]  # each has one coordinate
+    camera = hand.model.camera("vil_camera")
+    look |= dict(hinges=names[adroit.TASKS[name].joints], camera=[camera.pos.tolist(), camera.quat.tolist()])
+    env.reset(seed=3)
+    upright = np.ascontiguousarray(hand.mujoco_renderer.render("rgb_array")[::-1].transpose(2, 0, 1))
+    look["upright"] = bool((upright == first).all()) and bool((upright[:, ::-1] != first).any())
+    look["opaque"] = name != "pen" or [float(hand.model.geom(part).rgba[3]) for part in ("pen", "target")] == [1, 1]
     env = env.env.env  # without pictures from here on
     env.reset(seed=5)
     hand, official, ours = env.unwrapped, [], []
@@ -88,9 +96,6 @@ for hinge in (1.38, 1.5):  # the package's goal is 1.35, the official one 1.4
         hand.data.qpos[hand.door_hinge_addrs] = hinge
         hand.data.qvel[:] = 0
         looks[f"held {hinge}"].append(float(env.step(np.zeros(28, np.float32))[4]["success"]))
-names = [hand.model.joint(i).name for i in range(hand.model.njnt) if hand.model.jnt_qposadr[i] in range(4, 28)]
-looks["joints"] = [len(names), names[0], names[-1]]
-looks["camera"] = [hand.model.camera("vil_camera").pos.tolist(), hand.model.camera("vil_camera").quat.tolist()]
 print(json.dumps(looks))
 """
 
@@ -115,9 +120,11 @@ def test_the_environment_is_the_official_one():
     assert looks["dropped"] == [True, False]
     assert looks["held 1.5"] == [0.0] * 12 + [1.0] * 4  # more than 25 steps of the simulator, two a step
     assert looks["held 1.38"] == [0.0] * 16
-    assert looks["joints"][0] == 24 and "WRJ1" in looks["joints"][1] and "THJ0" in looks["joints"][2]
-    place, turn = looks["camera"]
-    assert place == [0, 0, 1.5] and turn == pytest.approx([np.cos(1.57), 0, 0, np.sin(1.57)])
+    for name, place in (("pen", [0, -0.8, 0.8]), ("door", [0, 0, 1.5]), ("hammer", [0, 0, 1.1])):
+        hinges, camera = looks[name]["hinges"], looks[name]["camera"]
+        assert len(hinges) == 24 and hinges[0] == "WRJ1" and hinges[-1] == "THJ0" and camera[0] == place
+        assert (camera[1] == pytest.approx([np.cos(1.57), 0, 0, np.sin(1.57)])) == (name != "pen")
+        assert looks[name]["upright"] and looks[name]["opaque"]
 
 
 def test_a_run_on_a_real_task():

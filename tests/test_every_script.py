@@ -21,6 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import adaptive_rr as rr
 import crl_deep as crl
 import drm
+import drm_adroit as adroit
+import drm_metaworld as metaworld
+import drqv2_frozen_encoder as frozen
 import drqv2_plasticity as drq
 import redo_dqn_atari as redo
 
@@ -479,6 +482,44 @@ def test_a_program_that_ends_through_an_error_waits_for_no_environment(script, g
         (run_dir / "checkpoint.tmp").mkdir()  # the next one cannot be written
     printed = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "cannot read or write" in printed and "AsyncVectorEnv" not in printed
+
+
+@pytest.mark.parametrize("script", [*PIXEL_SCRIPTS, frozen, metaworld, adroit], ids=lambda script: script.SCRIPT)
+def test_success_rate_length_and_return_of_an_evaluation(script):
+    """Three environments: the first has its success in the middle; the second's comes after its end; the third's none.
+    Of four episodes, the last two of the second round are too many."""
+    ends, successes = [3, 2, 4], {(0, 2), (1, 3)}  # (environment, step)
+
+    class Playing:
+        num_envs, time = 3, 0
+
+        def reset(self, seeds):
+            self.time, self.info = 0, dict(success=np.zeros(3), joints=np.zeros((3, 24), np.float32))
+            return np.zeros((3, 3, 24, 24), np.uint8), self.info
+
+        def step_async(self, action):
+            self.time += 1
+
+        def step_wait(self):
+            success = np.array([float((i, self.time) in successes) for i in range(3)])
+            over = np.array([self.time >= end for end in ends])
+            reward, never = np.array([1.0, 10.0, 100.0]), np.zeros(3, bool)
+            return np.zeros((3, 3, 24, 24), np.uint8), reward, never, over, self.info | dict(success=success)
+
+    run, agent = unittest.mock.Mock(stopped=None), unittest.mock.Mock()
+    agent.mean_action = lambda obs: torch.zeros(3, 2)
+    args = unittest.mock.Mock(eval_episodes=4, seed=1, capture_video=False)
+    metrics = script.evaluate(agent, Playing(), args, 0, "cpu", run)
+    assert metrics["eval/success_rate"] == 2 / 4  # the first environment's, twice
+    assert metrics["eval/episodic_length"] == (3 + 2 + 4 + 3) / 4
+    assert metrics["eval/episodic_return"] == (3 + 20 + 400 + 3) / 4
+
+
+@pixel_scripts
+def test_help_shows_the_numbers_of_the_task(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--env-id", "dm_control/humanoid-walk-v0", "--help"])
+    assert "(default: 100)" in capsys.readouterr().out.partition("--feature-dim")[2][:200]
 
 
 @every_script
