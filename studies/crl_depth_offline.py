@@ -27,7 +27,8 @@ There is no actor: the policy takes the best of 9 actions, argmax_a f(s, a, g), 
 What it shows is expressivity alone: smooth gains, no critical depth, and not the factors of 2 to 50 of Fig. 1. In the
 online loop of crl_deep.py we have found no effect of depth on this body: there, its agents fail at exploration.
 Data, maze, body and greedy policy are ours. The learner differs from crl_deep.py's in that its learning rate falls
-linearly to 0 over the last 40% of the gradient steps, and in gamma, 0.97, because the steps are three times as long.
+linearly to 0 over the last 40% of the gradient steps, in width (32) and batch size (256), and in gamma, 0.97, because
+the steps are three times as long.
 """
 
 import json
@@ -57,7 +58,7 @@ class Args:
 
     # data
     maze: Literal["hardest_maze", "big_maze"] = "hardest_maze"  # starts and goals are in all of its cells
-    data_seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds the data
+    data_seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds the data, the held-out paths, starts and goals
     num_paths: Count = 1536  # paths that are learned from
     path_length: Annotated[int, (2, 10**5)] = 200  # steps of a path
     random_share: Share = 0.4  # of the time, a path follows random actions, each held for a while
@@ -70,11 +71,11 @@ class Args:
     learning_rate: Annotated[float, (0, 1)] = 1e-3  # Adam's, before it falls
     gamma: Annotated[float, (1e-6, 0.999999)] = 0.97  # a goal lies Geometric(1 - gamma) steps ahead
     logsumexp_coef: Annotated[float, (0, 1e6)] = 0.1  # weight of mean(logsumexp^2) in the loss
-    repr_dim: Count = 64  # dimension of phi(s, a) and psi(g)
+    repr_dim: Annotated[int, (1, 10**5)] = 64  # dimension of phi(s, a) and psi(g)
 
     # evaluation, the same starts, goals and held-out paths for every seed
     eval_every: Count = 2000  # gradient steps between evaluations; one more at the end
-    eval_episodes: Count = 128  # pairs of start and goal
+    eval_episodes: Annotated[int, (4, 10**5)] = 128  # pairs of start and goal
     eval_steps: Count = 150  # steps that the policy has for each
 
 
@@ -351,6 +352,8 @@ def check_args(args: Args) -> None:
         for low, high in getattr(hint, "__metadata__", ()):
             if not low <= getattr(args, name) <= high:
                 refuse(name, getattr(args, name), f"must lie between {low} and {high}")
+    if not args.exp_name.isprintable() or set(args.exp_name) & set("/*?["):
+        refuse("exp_name", args.exp_name, "is no name for a folder")
     if args.depth % 4:
         refuse("depth", args.depth, "must be a multiple of 4")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -46,6 +46,7 @@ offline DQN. What neither says is our choice:
  3. The teacher is the network of the run whose replay is used (--teacher: of another); students see states of that
     replay, learn by the Huber loss, and begin with a new Adam (--keep-adam: with that of their run).
  4. A new network is built like that of the run whose replay is used, with weights of its own.
+ 5. The data are the last million frames at most of a run of our own; in Fig. 4, all of the DQN Replay Dataset.
 Your own targets: `fix_targets`. A run that was killed goes on with --resume, on a CPU bit for bit.
 """
 

@@ -394,18 +394,19 @@ def check_args(args: Args) -> tuple:
     device = args.device if args.device != "auto" else "cuda" if here["cuda"] else "cpu"
     steps = args.epochs * math.ceil(args.num_images / args.batch_size)
     few, default = f"must be at most --num-images {args.num_images}", asdict(Args())
+    late, rare = f"must be less than --epochs {args.epochs}", f"the run has only {steps}"
     for name, fine, limit in (
         ("batch_size", args.batch_size <= args.num_images, few),
         ("dormant_batch_size", args.dormant_batch_size <= args.num_images, few),
         ("redo_batch_size", args.redo_batch_size <= args.num_images or not args.redo, few),
         ("shuffle_every_epochs", args.targets != "fixed", "has no effect with --targets fixed"),
-        ("shuffle_every_epochs", args.shuffle_every_epochs < args.epochs, f"must be less than --epochs {args.epochs}"),
+        ("shuffle_every_epochs", args.targets == "fixed" or args.shuffle_every_epochs < args.epochs, late),
         *((name, args.redo, "has no effect without --redo") for name in default if name.startswith("redo_")),
-        ("redo_period_gradient_steps", args.redo_period_gradient_steps < steps, f"the run has only {steps}"),
+        ("redo_period_gradient_steps", not args.redo or args.redo_period_gradient_steps < steps, rare),
         ("exp_name", args.exp_name.isprintable() and not set(args.exp_name) & set("/*?["), "is no name for a folder"),
         ("device", here[device], "torch sees no such device here"),
     ):
-        if not fine and (limit == few or getattr(args, name) != default[name]):
+        if not fine and (limit in (few, late, rare) or getattr(args, name) != default[name]):
             refuse(name, getattr(args, name), limit)
     try:
         name, images, labels = load_data(args.data, args.num_images)

@@ -86,6 +86,20 @@ def test_goals_are_later_places_of_the_same_path():
     assert early.mean() == pytest.approx(10, rel=0.05) and (early == 1).float().mean() == pytest.approx(0.1, abs=0.01)
 
 
+def test_what_is_held_out_comes_from_other_paths(monkeypatch):
+    seen, evaluate = [], study.evaluate
+    monkeypatch.setattr(study, "evaluate", lambda phi, psi, held_out, args: seen.append(held_out) or evaluate(
+        phi, psi, held_out, args))  # fmt: skip
+    run()
+    learned, others = (
+        study.collect_paths("hardest_maze", num, 40, study.Args.random_share, [1, which])[0].reshape(-1, 4)
+        for num, which in ((16, 0), (128, 1))
+    )
+    states = torch.cat([pairs[:, :4] for pairs, _ in seen[0]]).unique(dim=0)
+    assert all((others == state).all(1).any() for state in states[::50])
+    assert not any((learned == state).all(1).any() for state in states)
+
+
 # --- the critic -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("depth", [4, 16])
 def test_the_network_is_that_of_crl_deep(depth):
@@ -195,7 +209,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(capsys, monkeypatch):
     (["--depth", 6], "--depth 6: must be a multiple of 4"), (["--depth", 0], "--depth 0: must lie between 4"),
     (["--gamma", 1], "--gamma 1.0: must lie between"), (["--random-share", "nan"], "-share nan: must lie between"),
     (["--seed", -1], "--seed -1: must lie between"), (["--width", 10**6], "--width 1000000: the run needs about"),
-    (["--exp-name", "x" * 300], ": cannot create the folder"),
+    (["--exp-name", "x" * 300], ": cannot create the folder"), (["--exp-name", "a/b"], "a/b: is no name for a folder"),
+    (["--eval-episodes", 1], "--eval-episodes 1: must lie between 4"), (["--repr-dim", 10**9], "must lie between 1"),
 ], ids=lambda value: " ".join(map(str, value))[:20] if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:

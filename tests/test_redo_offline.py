@@ -213,6 +213,24 @@ def test_every_flag_changes_what_is_learned(played):
     assert len(set(outcomes)) == len(arms) - 1
 
 
+@pytest.mark.parametrize("targets", ["monte-carlo", "random"])
+def test_what_a_run_learns_and_from_which_streams(played, targets, monkeypatch):
+    """Its rewards are the targets of its arm; the student is no teacher; every stream has its purpose."""
+    rewards, drawn, streams = [], [], []
+    update, stream, new_agent = study.update, study.random_stream, study.new_agent
+    monkeypatch.setattr(study, "update", lambda a, o, r, batch: rewards.append(batch[2]) or update(a, o, r, batch))
+    monkeypatch.setattr(study, "random_stream", lambda *given: streams.append(given) or stream(*given))
+    monkeypatch.setattr(study, "new_agent", lambda *given: drawn.append(given[2]) or new_agent(*given))
+    run("--replay", played, "--targets", targets, *TINY)
+    replay = study.stored_replay(study.read_run("replay", played), torch.device("cpu"))
+    expected = study.returns_to_go(replay)
+    if targets == "random":
+        network = new_agent(study.read_run("replay", played), 1, 5).q_network
+        expected = study.random_targets(replay, network, expected, torch.device("cpu"))
+    assert torch.isin(torch.cat(rewards), expected).all() and len(torch.cat(rewards).unique()) > 10
+    assert drawn.count(6) == 1 and drawn.count(5) == (targets == "random") and {(1, 0), (1, 2)} <= set(streams)
+
+
 def test_the_student_begins_as_the_run_ended_and_its_own_teacher_has_no_loss(played):
     run_dir = run("--replay", played, "--targets", "teacher", "--student", played, *TINY, "--learning-rate", 0)
     assert set(scalars(run_dir)["losses/td"].values()) == {0.0}

@@ -312,7 +312,6 @@ def test_a_run_and_its_twin():
             assert list(logged[f"dormant_ratio_tau{tau}/{layer}"]) == [0, 1, 2, 3]
     assert list(logged["charts/accuracy"]) == list(logged["losses/train"]) == [1, 2, 3]
     assert logged["charts/gradient_steps"] == {1: 2, 2: 4, 3: 6}
-    assert "charts/explained" in scalars(run(task="regression"))
     description, summary = (json.loads((first / f"{name}.json").read_text()) for name in ("args", "summary"))
     assert description["script"] == "redo_supervised" and description["action_repeat"] == 1
     assert description["args"]["seed"] == 1 and description["data"] == summary["data"] == "synthetic"
@@ -369,6 +368,22 @@ def test_streams_of_random_numbers_differ(monkeypatch):
     assert len(draws) == len(streams) and max(streams) < 2**32
 
 
+def test_the_targets_of_a_regression_have_mean_0_and_variance_1(monkeypatch):
+    """So that 1 - loss is the share of their variance that is explained."""
+    seen, update = [], study.update
+
+    def watched(forward, optimizer, images, targets, task):
+        seen.append(targets)
+        return update(forward, optimizer, images, targets, task)
+
+    monkeypatch.setattr(study, "update", watched)
+    logged = scalars(run(task="regression"))
+    codes = torch.cat(seen).unique(dim=0)
+    assert codes.shape == (10, 10)
+    assert codes.mean().abs() < 1e-5 and codes.var(correction=0) == pytest.approx(1, abs=1e-5)
+    assert logged["charts/explained"] == pytest.approx({k: 1 - v for k, v in logged["losses/train"].items()}, abs=1e-6)
+
+
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags, message", [
     (dict(seed=-1), "--seed -1: must lie between 0 and 4294967295"),
@@ -383,6 +398,8 @@ def test_streams_of_random_numbers_differ(monkeypatch):
     (dict(redo_tau=0.2), "--redo-tau 0.2: has no effect without --redo"),
     (dict(targets="fixed"), "--shuffle-every-epochs 1: has no effect with --targets fixed"),
     (dict(shuffle_every_epochs=3), "--shuffle-every-epochs 3: must be less than --epochs 3"),
+    (dict(shuffle_every_epochs=20, epochs=20), "--shuffle-every-epochs 20: must be less than --epochs 20"),
+    (dict(REDO, redo_period_gradient_steps=40), "--redo-period-gradient-steps 40: the run has only 6"),
     (dict(REDO, redo_period_gradient_steps=7), "--redo-period-gradient-steps 7: the run has only 6"),
     (dict(exp_name="a/b"), "--exp-name a/b: is no name for a folder"),
     (dict(exp_name="x" * 300), "cannot create the folder"),

@@ -219,9 +219,10 @@ def test_selection_by_hand(selection, share, chosen):
 @pytest.mark.parametrize("selection", ["threshold", "least", "random", "most", "cbp"])
 def test_nothing_is_selected_in_a_network_that_is_not_finite(selection):
     layers = [(nn.Linear(1, 4), [nn.Linear(4, 1)])]
-    activation = torch.tensor([[0.5, math.nan, 0.9, 0.1]])
-    (mask,) = study.selected_neurons(layers, [activation], selection, 0.3, 0.5, generator())
-    assert not mask.any()
+    activation, finite = torch.tensor([[0.5, math.nan, 0.9, 0.1]]), torch.tensor([[0.5, 0.0, 0.9, 0.1]])
+    masks = study.selected_neurons(2 * layers, [activation, finite], selection, 0.3, 0.5, generator())
+    assert not torch.cat(masks).any()  # nor in a layer that is finite
+    assert study.selected_neurons(layers, [finite], selection, 0.3, 0.5, generator())[0].any()
 
 
 def test_selection_of_equal_and_of_random_neurons():
@@ -340,6 +341,22 @@ def test_what_pruning_does_in_a_run():
     agent.q_network.layers["head"].bias.data[0] = math.nan
     metrics = study.intervene_variant(agent, optimizer, Stub(), 20, args, generator(), torch.device("cpu"))
     assert metrics["events/alive"].isnan()
+
+
+def test_the_share_that_a_run_recycles_falls_along_the_cosine():
+    agent, optimizer, (obs, *_) = small_agent("moments")
+
+    class Stub:
+        def sample(self, count, generator):
+            return (obs,)
+
+    flags = dict(redo_selection="random", redo_rate=0.5, redo_end_gradient_steps=90, redo_period_gradient_steps=10)
+    args = study.Args(**flags)
+    for step, share in ((30, 0.5 * math.cos(math.pi / 6)), (60, 0.25)):
+        metrics = study.intervene_variant(agent, optimizer, Stub(), step, args, generator(), torch.device("cpu"))
+        sizes = {name: len(agent.q_network.layers[name].bias) for name in agent.q_network.reader}
+        for name, size in sizes.items():
+            assert metrics[f"redo_recycled/{name}"] == max(1, round(share * size))
 
 
 def test_pruning_in_a_foreign_network_without_biases():
