@@ -856,6 +856,8 @@ def check_args(args: Args) -> tuple:
         ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
         ("learning_starts", args.n_step <= args.learning_starts <= args.buffer_size, "must lie between --n-step and "
          "--buffer-size"),
+        ("redo_end_gradient_steps", args.method != "redo" or (args.redo_end_gradient_steps or math.inf)
+         > args.redo_period_gradient_steps, "is before the first period has ended"),
         ("redo_end_gradient_steps", args.method != "dqn" or args.redo_end_gradient_steps is None,
          "does nothing with --method dqn"),
     ):  # fmt: skip

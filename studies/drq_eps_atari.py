@@ -41,12 +41,14 @@ Differences from the official code (google/dopamine, labs/atari_100k and labs/re
  2. Dormant neurons are those of the four hidden layers; officially the outputs of both streams count, too.
  3. At a lost life the learner's episode ends, and that is all; officially the frame stack begins with zeros again and
     the frame skip is cut.
- 4. The published configuration recycles nothing, and has 100,000 steps; the defaults here are the paper's.
+ 4. The published configuration recycles nothing, and has 100,000 steps; the defaults here are the paper's. Recycling
+    goes on to the end; officially it stops after 400,000 gradient steps, which 100,000 steps never reach.
  5. What redo_dqn_atari.py lists, too: the right masks over what reads a convolution; only real gradient steps count;
     the last steps of a truncated episode are kept; episodes end after 108,000 frames; frames are stored once; games are
     evaluated side by side; the emulator plays while the network learns.
 Ma et al. have published no code for Atari. ReDo's tau is 0.025 there (Sokar et al.: 0.1). That the interval of 2000 is
-counted in steps, and that the FAU is averaged over it and over all four hidden layers, is our reading.
+counted in steps (the first from where learning begins), and that the FAU is averaged over it and over all four hidden
+layers, is our reading.
 Your own intervention: `recycle_dormant`. What is saved: `parts` and counters in `train`, between episodes.
 """
 
@@ -139,7 +141,7 @@ class Args(RunArgs):
     redo_tau: NonNegative = 0.1  # recycle neurons with a score of at most this
     redo_period_gradient_steps: Count = 1000  # gradient steps between recycling
     redo_batch_size: Count = 64  # states that the scores are taken over for recycling
-    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = 400_000  # from here on nothing is recycled
+    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # from here on nothing is recycled
     rr_low: Annotated[float, (0.01, 100)] = 0.5  # --method adaptive: replay ratio at first
     rr_high: Annotated[float, (0.01, 100)] = 2.0  # --method adaptive: replay ratio when the FAU has settled
     rr_check_every: Count = 2000  # steps of an interval
@@ -806,10 +808,14 @@ def check_args(args: Args) -> tuple:
         for name in names:
             if args.method != method and getattr(args, name) != getattr(default, name):
                 refuse(name, getattr(args, name), f"does nothing without --method {method}")
+    ratio = args.rr_low if args.method == "adaptive" else args.replay_ratio
     for name, fine, limit in (
         ("env_id", args.env_id.startswith("ALE/"), "is no game of the Arcade Learning Environment (ALE/<Game>-v5)"),
         ("replay_ratio", args.method != "adaptive" or args.replay_ratio == 1, "does nothing with --method adaptive"),
-        ("total_timesteps", args.total_timesteps > args.learning_starts + 1, "must be more than --learning-starts"),
+        ("total_timesteps", math.ceil(args.total_timesteps * ratio) > math.ceil((args.learning_starts + 1) * ratio),
+         "leaves no gradient step after --learning-starts"),
+        ("redo_end_gradient_steps", (args.redo_end_gradient_steps or math.inf) > args.redo_period_gradient_steps,
+         "is before the first period has ended"),
         ("rr_high", args.rr_high > args.rr_low, "must be more than --rr-low"),
         ("rr_check_every", args.method != "adaptive" or 2 * args.rr_check_every < args.total_timesteps
          - args.learning_starts, "leaves no two intervals to compare"),

@@ -45,7 +45,8 @@ Differences from the official code (google/dopamine, labs/redo/tfagents), and th
  5. Weight decay is added to the gradients of weights, not of biases; officially it is part of the loss, the same for
     the critics, twice as large for the policy.
  6. The temperature learns from the actions of the policy's loss; officially from new ones, after the policy's step.
- 7. The 10,000 random steps are part of the 1M; officially they come on top.
+ 7. The 10,000 random steps are part of the 1M; officially they come on top. Adam's epsilon is 1e-8; officially 1e-7.
+ 8. Scores are those of the hidden layers; officially the outputs count, too.
 Kept: both Adam moments of recycled weights are zeroed while the step count goes on; their neurons' biases become 0.
 The paper does not say how often it prunes; here, every 1000 gradient steps.
 Your own intervention: `intervene_sac`. Your own environment: any with flat observations, bounded continuous actions and

@@ -242,6 +242,14 @@ def test_an_evaluation_plays_as_many_games_as_asked(monkeypatch):
     assert results == {"eval/episodic_return": 1.8, "eval/episodic_length": 1.8} and epsilons == {0.001}
 
 
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*TINY, "--learning-rate", 1e12, "--checkpoint-every", 1)
+    (run_dir,) = Path("runs").iterdir()
+    assert stopped.value.code == 1 and "is not finite" in capsys.readouterr().err and (run_dir / "diverged.pt").exists()
+    assert not (run_dir / "summary.json").exists()
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags, message", [
     ("--env-id Pong", "--env-id Pong: is no game of the Arcade Learning Environment"),
@@ -250,10 +258,12 @@ def test_an_evaluation_plays_as_many_games_as_asked(monkeypatch):
     ("--rr-high 3", "--rr-high 3.0: does nothing without --method adaptive"),
     ("--method adaptive --replay-ratio 2", "--replay-ratio 2.0: does nothing with --method adaptive"),
     ("--learning-starts 5", "--learning-starts 5: must lie between --n-step and --buffer-size"),
-    ("--total-timesteps 1601", "--total-timesteps 1601: must be more than --learning-starts"),
+    ("--total-timesteps 1601", "--total-timesteps 1601: leaves no gradient step after --learning-starts"),
+    ("--replay-ratio 0.01 --total-timesteps 1690", "--total-timesteps 1690: leaves no gradient step"),
+    ("--redo-end-gradient-steps 1000", "--redo-end-gradient-steps 1000: is before the first period has ended"),
     ("--method adaptive --rr-low 3", "--rr-high 2.0: must be more than --rr-low"),
     ("--method adaptive --rr-check-every 300000", "--rr-check-every 300000: leaves no two intervals to compare"),
-    ("--total-timesteps 1000", "--total-timesteps 1000: must be more than --learning-starts"),
+    ("--total-timesteps 1000", "--total-timesteps 1000: leaves no gradient step after --learning-starts"),
     ("--buffer-size 20", "--buffer-size 20: is too small for --n-step 10"),
     ("--resume nowhere", "--resume nowhere: is not the folder of a run"),
 ])  # fmt: skip

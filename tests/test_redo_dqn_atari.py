@@ -772,12 +772,13 @@ def test_evaluation_finishes_every_episode_it_began():
     assert again.seeds == envs.seeds != other.seeds and len(set(again.seeds)) == len(again.seeds)
 
 
-def test_evaluation_leaves_torchs_random_numbers_alone():
+def test_evaluation_leaves_torchs_random_numbers_alone(monkeypatch):
     args = small_args(eval_steps=40, max_episode_steps=30)
     agent = redo.DQNAgent(6, args)
-    before = torch.get_rng_state()
+    before, epsilons, act = torch.get_rng_state(), set(), redo.act
+    monkeypatch.setattr(redo, "act", lambda *given: epsilons.add(given[2]) or act(*given))
     metrics = evaluate(agent.q_network, redo.make_envs(args, 2), args)
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, torch.get_rng_state()) and epsilons == {args.eval_epsilon} == {0.001}
     assert metrics["eval/episodes"] == 2 and metrics["eval/episodic_length"] == 30
 
 

@@ -361,6 +361,7 @@ def test_speed_flags_change_bits_but_not_results(flag, tolerance, quick_compiler
     ("--redo-tau -0.1", "--redo-tau -0.1: must lie between 0 and"),
     ("--redo-period-gradient-steps 0", "--redo-period-gradient-steps 0: must lie between 1 and"),
     ("--buffer-size 100000000 --total-timesteps 100000000", "--buffer-size 100000000: the run needs about 71"),
+    ("--redo-end-gradient-steps 1000", "--redo-end-gradient-steps 1000: is before the first period has ended"),
     ("--total-timesteps 20004", "--total-timesteps 20004: must be more than --learning-starts + 4"),
     ("--learning-starts 30000 --buffer-size 25000", "--learning-starts 30000: must lie between --n-step and --buffer"),
     ("--learning-starts 2 --n-step 3", "--learning-starts 2: must lie between --n-step and --buffer-size"),

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -58,6 +59,8 @@ def test_the_update_by_hand():
     agent, optimizers, args, batch = small_agent()
     agent.log_alpha.data.fill_(-1.2)
     alpha = math.exp(-1.2)
+    for weight in [*agent.target1.parameters(), *agent.target2.parameters()]:  # no longer the critics'
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator(3))
     old = copy.deepcopy(agent).double()  # log(1 - tanh(u)^2) as it stands has too few digits in float32
     torch.manual_seed(5)
     metrics = study.update(agent, optimizers, args, batch)
@@ -132,6 +135,7 @@ def test_weight_decay_is_for_weights_alone():
     old, *_ = small_agent()
     change = agent.critic1.hidden1.weight - old.critic1.hidden1.weight
     assert torch.equal(change.sign(), -old.critic1.hidden1.weight.sign())
+    assert change.abs().max() < 3.1e-4  # through Adam, whose first step is the learning rate
     change = agent.actor.hidden2.weight - old.actor.hidden2.weight
     assert torch.equal(change.sign(), -old.actor.hidden2.weight.sign())
 
@@ -333,8 +337,29 @@ def test_a_film(tmp_path):
 def test_a_run_learns():
     """Balances the pole (1000 steps) after 8000 steps."""
     flags = ["--env-id", "InvertedPendulum-v5", "--width", 0.25, "--learning-starts", 1000, "--total-timesteps", 8000]
-    logged = scalars(run(*flags, "--eval-every", 8000, "--eval-episodes", 3, "--reward-scale", 1))
+    logged = scalars(run(*flags, "--method", "sac", "--eval-every", 8000, "--eval-episodes", 3, "--reward-scale", 1))
     assert list(logged["eval/episodic_return"].values())[-1] > 500
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*TINY, "--learning-rate", 1e12, "--checkpoint-every", 1)
+    (run_dir,) = Path("runs").iterdir()
+    assert stopped.value.code == 1 and "is not finite" in capsys.readouterr().err and (run_dir / "diverged.pt").exists()
+    assert not (run_dir / "summary.json").exists()
+
+
+def test_a_truncation_is_no_termination(monkeypatch):
+    """Actions that the policy does not draw come first."""
+    make_env, acted, act = study.make_env, [], study.act
+    monkeypatch.setattr(study, "make_env", lambda env_id, **options: gymnasium.wrappers.TimeLimit(
+        make_env(env_id, **options), 2))  # fmt: skip
+    monkeypatch.setattr(study, "act", lambda agent, obs, generator, device: acted.append(generator) or act(
+        agent, obs, generator, device))  # fmt: skip
+    run_dir = run(*TINY, "--checkpoint-replay", "always")
+    replay = checkpoint(run_dir)["replay"]
+    _, _, reward, terminated, _ = replay["rows"].split(replay["sizes"], 1)
+    assert (reward == 1).all() and not terminated.any() and sum(g is not None for g in acted) == 100
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
