@@ -769,7 +769,7 @@ def train(args: Args) -> Path:
         if finished:
             awaken_step = float(agent.awaken_step) if agent.awaken_step.isfinite() else None
             counts = dict(global_step=global_step, gradient_steps=gradient_steps, awaken_step=awaken_step)
-            run.write_summary(agent, results | counts)
+            run.finish(agent, results | counts)
             break
         if run.checkpoint_due(global_step):
             run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
@@ -931,7 +931,7 @@ class Environments:
 
     def call(self, method: str, *values, **options):
         try:
-            if self.envs is None and method == "reset":
+            if self.envs is None and method == "reset_async":
                 from gymnasium.vector import AsyncVectorEnv
 
                 self.envs = AsyncVectorEnv(self.make, context="forkserver")
@@ -944,13 +944,14 @@ class Environments:
                 self.run.stop("error: an environment's process died for the fourth time", exit_code=1)
 
     def reset(self, seeds: list) -> tuple | None:
-        return self.call("reset", seed=seeds)
+        self.call("reset_async", seed=seeds)
+        return self.call("reset_wait", timeout=600)  # seconds; a process that hangs is treated as dead
 
     def step_async(self, action: np.ndarray) -> None:
         self.call("step_async", action)
 
     def step_wait(self) -> tuple | None:
-        return self.call("step_wait", timeout=600)  # seconds; a process that hangs is treated as dead
+        return self.call("step_wait", timeout=600)
 
     def close(self) -> None:
         if self.envs is not None:
@@ -1212,6 +1213,7 @@ class Run:
         for tag, value in metrics.items():
             if not math.isfinite(value):
                 self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+                self.stopped = None  # also if a signal came before
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
@@ -1247,6 +1249,8 @@ class Run:
         with self.disk():
             self.writer.flush()
             save_file(self.dir / self.checkpoint, content)
+            if self.finished:
+                save_file(self.dir / "summary.json", self.summary)
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
@@ -1269,15 +1273,16 @@ class Run:
             refuse("resume", self.dir, f"has no checkpoint.pt that fits ({type(error).__name__}: {str(error)[:200]})")
         if self.counters["global_step"] > self.args.total_timesteps:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
+        (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
             self.say("the checkpoint contains no replay: it is refilled before learning goes on")
 
-    def write_summary(self, module: nn.Module, results: dict) -> None:
-        """The results of a run that took all its steps. module: what --save-model saves."""
+    def finish(self, module: nn.Module, results: dict) -> None:
+        """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""
         with self.disk():
             if self.args.save_model:
                 save_file(self.dir / "model.pt", module.state_dict())
-            save_file(self.dir / "summary.json", results | dict(walltime=self.walltime()))
+        self.summary = results | dict(walltime=self.walltime())
         self.finished, self.keep_replay = True, self.args.checkpoint_replay == "always"
         print(f"{self.dir}: mean return {results['eval/episodic_return']:.1f}")
 

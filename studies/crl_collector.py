@@ -49,7 +49,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -797,7 +797,7 @@ def train(args: Args) -> Path:
             next_eval = global_step - global_step % args.eval_every + args.eval_every
         if finished:
             weights = nn.ModuleDict(agents)
-            run.write_summary(weights, results | dict(global_step=global_step, gradient_steps=gradient_steps))
+            run.finish(weights, results | dict(global_step=global_step, gradient_steps=gradient_steps))
             break
         if run.checkpoint_due(global_step):
             run.save(global_step=global_step, gradient_steps=gradient_steps, next_eval=next_eval)
@@ -889,6 +889,10 @@ def check_args(args: Args) -> tuple:
     if args.capture_video:
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported
+        with suppress(ImportError):
+            import_module(
+                "triton"
+            )  # torch does it later, and crashes if a software renderer has loaded its LLVM before
         try:
             render(MujocoEnvs(args.eval_env_id, 1, 2, (0,)))
         except Exception as error:
@@ -1149,6 +1153,7 @@ class Run:
         for tag, value in metrics.items():
             if not math.isfinite(value):
                 self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+                self.stopped = None  # also if a signal came before
                 self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
@@ -1184,6 +1189,8 @@ class Run:
         with self.disk():
             self.writer.flush()
             save_file(self.dir / self.checkpoint, content)
+            if self.finished:
+                save_file(self.dir / "summary.json", self.summary)
         self.saved_step = counters["global_step"]
 
     def load(self) -> None:
@@ -1206,15 +1213,16 @@ class Run:
             refuse("resume", self.dir, f"has no checkpoint.pt that fits ({type(error).__name__}: {str(error)[:200]})")
         if self.counters["global_step"] > self.args.total_timesteps:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
+        (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
             self.say("the checkpoint contains no replay: it is refilled before learning goes on")
 
-    def write_summary(self, module: nn.Module, results: dict) -> None:
-        """The results of a run that took all its steps. module: what --save-model saves."""
+    def finish(self, module: nn.Module, results: dict) -> None:
+        """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""
         with self.disk():
             if self.args.save_model:
                 save_file(self.dir / "model.pt", module.state_dict())
-            save_file(self.dir / "summary.json", results | dict(walltime=self.walltime()))
+        self.summary = results | dict(walltime=self.walltime())
         self.finished, self.keep_replay = True, self.args.checkpoint_replay == "always"
         print(f"{self.dir}: mean return {results['eval/episodic_return']:.1f}")
 

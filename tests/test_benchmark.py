@@ -650,3 +650,10 @@ def test_without_shadows_a_task_is_the_same_and_its_picture_another(monkeypatch)
     difference = np.abs(pictures[0] - pictures[1])
     assert 0 < difference.mean() < 10 and (difference == 0).any()
     assert gymnasium.spec("walker-walk-v0").max_episode_steps == 1000
+
+
+def test_the_longest_way_is_round_the_wall():
+    """Beside the start, behind a wall."""
+    walls = np.array([[c == "1" for c in row] for row in ("11111", "10001", "11101", "10001", "11111")])
+    steps = plot_crl_deep.steps_from((1, 1), walls)
+    assert steps[3].tolist() == [-1, 6, 5, 4, -1] and steps[1].tolist() == [-1, 0, 1, 2, -1]

@@ -323,6 +323,35 @@ def test_time_at_goal_freezes_at_the_first_end():
     assert record["alive"].sum(0).tolist() == [3, 10, 5]
 
 
+def test_success_is_any_step_at_the_goal():
+    """The third environment never arrives, the second comes near."""
+
+    class Apart(ScriptedEnvs):
+        def step(self, action):
+            done = super().step(action)
+            self.time_at_goal[1:] = 0
+            return done
+
+        def distance(self):
+            return np.array([0.1, crl.EASY_GOAL_RADIUS - 0.1 * (self.steps[1] == 4), crl.EASY_GOAL_RADIUS])
+
+    agent, _, args = small_agent()
+    metrics = crl.evaluate(agent, Apart([99, 99, 99]), args, 0, CPU, NoRun())
+    assert metrics["eval/success_any"] == pytest.approx(1 / 3) and metrics["eval/success_easy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("env_id, dimensions", [("point_room", 2), ("ant_u_maze", 2), ("humanoid", 3)])
+def test_at_the_goal_is_within_half_a_metre_of_all_its_dimensions(env_id, dimensions):
+    envs = MujocoEnvs(env_id, 1, 5, (1, 1))
+    envs.reset(np.ones(1, bool))
+    assert envs.goal.shape == (1, dimensions)
+    for axis in range(dimensions):
+        for away in (0.49, 0.51):
+            envs.goal[0] = envs.state[0, :dimensions]
+            envs.goal[0, axis] += away
+            assert (envs.distance() < crl.GOAL_RADIUS) == (away < 0.5) and envs.distance()[0] == pytest.approx(away)
+
+
 def test_evaluation_draws_nothing_and_picks_goals_by_its_number():
     agent, _, args = small_agent()
     envs = MujocoEnvs("point_u_maze", 16, 5, (1, 1))
@@ -818,9 +847,15 @@ def test_residual_norms_and_value_map_and_embeddings():
     batch = random_batch()
     norms = looks.residual_norms(agent, batch)
     assert [len(norms[name]) for name in ("actor", "goal_encoder", "state_action_encoder")] == [2, 3, 3]
-    hidden = agent.goal_encoder.stem(batch[2])
-    expected = (agent.goal_encoder.blocks[0](hidden) - hidden).norm(dim=1).mean()
-    assert norms["goal_encoder"][0] == pytest.approx(expected.item(), rel=1e-5)
+    state, action, goal = batch
+    for name, network, inputs in (("actor", agent.actor.trunk, [state, goal]), ("goal_encoder", None, [goal]),
+                                  ("state_action_encoder", None, [state, action])):  # fmt: skip
+        network = network or getattr(agent, name)
+        hidden = network.stem(torch.cat(inputs, 1))
+        for block, norm in zip(network.blocks, norms[name], strict=True):
+            after = block(hidden)
+            assert norm == pytest.approx((after - hidden).norm(dim=1).mean().item(), rel=1e-4)
+            hidden = after
 
     envs = MujocoEnvs("point_u_maze", 8, 6, (1, 1))
     record = looks.play(agent, envs, 0)

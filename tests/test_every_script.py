@@ -210,6 +210,25 @@ def test_a_run_folder_that_cannot_be_made(script, flags, capsys):
 
 
 @every_script
+def test_a_run_that_goes_on_has_no_summary_until_its_last_checkpoint_is_written(script, flags, monkeypatch):
+    part = run(script, *flags)
+    steps = checkpoint(part)["global_step"] + RESUMED_STEPS
+
+    def full(*values):
+        raise OSError(28, "No space left on device")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(torch, "save", full)
+        run(script, "--resume", part, "--total-timesteps", steps)
+    for number, handler in handlers.items():  # those of the run would keep its folder locked
+        signal.signal(number, handler)
+    assert not (part / "summary.json").exists()
+    run(script, "--resume", part, "--total-timesteps", steps)
+    assert json.loads((part / "summary.json").read_text())["global_step"] == checkpoint(part)["global_step"] == steps
+
+
+@every_script
 def test_resume_of_a_finished_run_only_finishes_it(script, flags):
     """As after a kill between the last checkpoint and the summary."""
     part = run(script, *flags)

@@ -20,6 +20,7 @@ def load(run_dir: Path) -> tuple:
     if not (run_dir / "checkpoint.pt").exists():
         raise SystemExit(f"error: {run_dir} has no checkpoint.pt yet")
     args = crl.Args(**json.loads((run_dir / "args.json").read_text())["args"])
+    crl.set_precision(args.precision, CPU)  # as it was trained there, so that episodes can be played again
     robot = crl.ROBOTS[crl.parse_env_id(args.env_id)[0]]
     agent = crl.Agent(robot.state_dim, robot.goal_dim, robot.action_dim, args)
     saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)

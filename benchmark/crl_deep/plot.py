@@ -226,13 +226,27 @@ def draw_value_map(axis, saved, k, paths=6) -> None:
     plt.colorbar(image, ax=axis, fraction=0.04, label="f(s, a, g)")
 
 
+def steps_from(start, walls: np.ndarray) -> np.ndarray:
+    """The length of the shortest way from a cell to each other one, walls (rows, columns) -> (rows, columns); -1 where
+    there is none."""
+    steps, front = np.full(walls.shape, -1), [tuple(start)]
+    steps[front[0]] = 0
+    for i, j in front:
+        for cell in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+            if not walls[cell] and steps[cell] < 0:
+                steps[cell] = steps[i, j] + 1
+                front.append(cell)
+    return steps
+
+
 def value_maps(runs, out) -> None:
-    """Fig. 9: one panel per depth, for the goal furthest from the start along the maze's axis."""
+    """Fig. 9: one panel per depth, for the goal with the longest way from the start."""
     figure, axes = panels(len(runs), 4, 3.4)
     rows = []
     for axis, run in zip(axes, sorted(runs, key=depth_of)):
         saved = looks.value_map(*looks.last_evaluation(run.folder))
-        k = int(np.argmax(np.linalg.norm(saved["goals"][:, :2] - saved["paths"][0, 0, :2], axis=1)))
+        cells = np.rint(np.vstack([saved["paths"][0, :1, :2], saved["goals"][:, :2]]) / saved["cell"]).astype(int)
+        k = int(np.argmax(steps_from(cells[0], saved["walls"])[tuple(cells[1:].T)]))
         draw_value_map(axis, saved, k)
         axis.set_title(f"{run.args['env_id']}, depth {depth_of(run)}")
         for i, j in np.ndindex(saved["values"].shape[1:]):
