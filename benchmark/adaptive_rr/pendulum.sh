@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 9 at small scale on a CPU: Pendulum-v1 of Gymnasium from pixels, 8000 steps (16,000 frames, 80 episodes), pictures of
 # 36 x 36 shifted by up to 2 pixels, heads of 256 units, batches of 64; a check every 5 episodes and a threshold of 0.003
-# instead of 50 and 0.001. SCALE=small: 15 runs of 4 to 11 minutes. paper: twice as many seeds.
+# instead of 50 and 0.001. SCALE=small: 15 runs of 5 to 21 minutes beside other work. paper: twice as many seeds.
 # Expected, and written down before the runs: averaged over the last three evaluations, the adaptive replay ratio is above
 # 0.5 throughout by at least 400, with a spread of about 150 over seeds; it cannot be told from 2 throughout. The detector
 # switches between 1000 and 3000 steps. (Chosen with seed 101: 0.5 throughout ended at -700 after 10,000 steps, 2 throughout

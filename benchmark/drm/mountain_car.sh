@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DrM where exploration decides, on a CPU: MountainCarContinuous-v0 of Gymnasium from pixels, rewarded at the goal alone,
 # every push costs. 15,000 steps (30,000 frames), pictures of 36 x 36 shifted by up to 2 pixels, heads of 256 units, batches
-# of 64, a perturbation every 2000 steps instead of 100,000. SCALE=small: 8 runs of 5 to 8 minutes. paper: twice as many seeds.
+# of 64, a perturbation every 2000 steps instead of 100,000. SCALE=small: 8 runs of 7 to 13 minutes. paper: twice as many seeds.
 # Expected, and written down before the runs: DrQ-v2 learns to stand still (the last evaluation above -10, no goal in the
 # last 5000 steps of at least 3 of 4 seeds); DrM's dormant ratio stays above 0.2, so that its noise stays near 1 and it goes
 # on reaching the goal (in at least a fifth of the episodes of the last 5000 steps); neither solves the task in evaluations.
