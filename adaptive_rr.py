@@ -31,7 +31,7 @@ The agent is DrQ-v2 (Yarats et al. 2022); f is its encoder, and o and o' are ran
 
     python adaptive_rr.py --env-id dm_control/quadruped-run-v0      the paper's setting, 3M frames: for a GPU
     python adaptive_rr.py --rr-high 0.5                             plain DrQ-v2; --rr-low 2: at a high replay ratio
-    SCALE=small bash benchmark/adaptive_rr/pendulum.sh              scaled down: 15 runs, 90 minutes on a CPU
+    SCALE=small bash benchmark/adaptive_rr/pendulum.sh              scaled down: 15 runs, 100 minutes on a CPU
 
 The detector finds a plateau, not a recovery: it also fires at the early minimum, on a slow decline, after a collapse.
 Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the reasons for them:

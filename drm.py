@@ -34,7 +34,7 @@ with clipped noise; critic and encoder learn y; the actor maximizes min_k Q_k(s,
 
     python drm.py --env-id dm_control/dog-walk-v0                            the paper's setting, 30M frames: for a GPU
     python drm.py --stddev-type drqv2 --perturb-every 0 --target-lambda 0    DrQ-v2 (adaptive_rr.py's, to the bit)
-    SCALE=small bash benchmark/drm/mountain_car.sh                           scaled down: 8 runs, 35 minutes on a CPU
+    SCALE=small bash benchmark/drm/mountain_car.sh                           scaled down: 8 runs, 70 minutes on a CPU
 
 Beta depends on where a unit is measured: see `actor_outputs`. In a new actor it is 0.2 to 0.5, or more
 if frames look alike; a perturbation moves it towards that value, up or down.

@@ -165,6 +165,14 @@ def assert_killed_and_resumed_is_the_same(script, dies, *flags, every=15, saved=
     return part
 
 
+def assert_it_ends_when_it_diverges(script, flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *flags, "--learning-rate", 1e12, "--checkpoint-every", 1)
+    (run_dir,) = Path("runs").iterdir()
+    assert stopped.value.code == 1 and "is not finite" in capsys.readouterr().err and (run_dir / "diverged.pt").exists()
+    assert not (run_dir / "summary.json").exists()
+
+
 def at_call(monkeypatch, where, name, number, action):
     """Calls action() before the number-th call of where.name."""
     function, count = getattr(where, name), []

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_new_outcome, assert_same, checkpoint, killed_run, run_and_replay, scalars, stopped_run
+from helpers import (
+    assert_it_ends_when_it_diverges,
+    assert_new_outcome,
+    assert_same,
+    checkpoint,
+    killed_run,
+    run_and_replay,
+    scalars,
+    stopped_run,
+)
 
 import drq_eps_atari as study
 
@@ -242,12 +251,8 @@ def test_an_evaluation_plays_as_many_games_as_asked(monkeypatch):
     assert results == {"eval/episodic_return": 1.8, "eval/episodic_length": 1.8} and epsilons == {0.001}
 
 
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(*TINY, "--learning-rate", 1e12, "--checkpoint-every", 1)
-    (run_dir,) = Path("runs").iterdir()
-    assert stopped.value.code == 1 and "is not finite" in capsys.readouterr().err and (run_dir / "diverged.pt").exists()
-    assert not (run_dir / "summary.json").exists()
+def test_a_run_that_diverges_ends_with_one_line(capsys):
+    assert_it_ends_when_it_diverges(study, TINY, capsys)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

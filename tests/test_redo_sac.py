@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    assert_it_ends_when_it_diverges,
     assert_new_outcome,
     assert_same,
     checkpoint,
@@ -341,12 +342,8 @@ def test_a_run_learns():
     assert list(logged["eval/episodic_return"].values())[-1] > 500
 
 
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(*TINY, "--learning-rate", 1e12, "--checkpoint-every", 1)
-    (run_dir,) = Path("runs").iterdir()
-    assert stopped.value.code == 1 and "is not finite" in capsys.readouterr().err and (run_dir / "diverged.pt").exists()
-    assert not (run_dir / "summary.json").exists()
+def test_a_run_that_diverges_ends_with_one_line(capsys):
+    assert_it_ends_when_it_diverges(study, TINY, capsys)
 
 
 def test_a_truncation_is_no_termination(monkeypatch):
