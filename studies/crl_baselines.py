@@ -1109,7 +1109,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 3  # of checkpoint.pt
+    FORMAT = 4  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter

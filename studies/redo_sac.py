@@ -392,7 +392,7 @@ def reset_layers(layers, optimizers: list, generator, step_counts: bool = False)
 @torch.no_grad()
 def intervene_sac(agent, optimizers, replay, gradient_steps: int, args, generator, device) -> dict:
     """What --method does to the networks after this many gradient steps: usually nothing -> metrics."""
-    actor_optimizer, critic_optimizer, _ = optimizers
+    actor_optimizer, critic_optimizer = optimizers
     if args.method == "reset" and gradient_steps % args.reset_period_gradient_steps == 0:
         networks = (agent.actor, agent.critic1, agent.critic2)
         reset_layers([layer for network in networks for layer in network.children()], optimizers, generator)
@@ -424,21 +424,20 @@ def intervene_sac(agent, optimizers, replay, gradient_steps: int, args, generato
 
 # === SAC ==============================================================================================================
 def make_sac_optimizers(agent, args, device) -> list:
-    """Adam for policy, critics and temperature; weight decay is added to the gradients of weights (coupled)."""
+    """Adam for policy and temperature, and for the critics; weight decay is added to the gradients of weights."""
     options = dict(lr=args.learning_rate, fused=device.type != "mps", capturable=args.cudagraphs)
-    optimizers = []
-    for modules in ([agent.actor], [agent.critic1, agent.critic2]):
-        parameters = [p for module in modules for p in module.parameters()]
+    critics, optimizers = [*agent.critic1.parameters(), *agent.critic2.parameters()], []
+    for parameters in ([*agent.actor.parameters(), agent.log_alpha], critics):
         decayed = dict(params=[p for p in parameters if p.dim() > 1], weight_decay=args.weight_decay)
-        optimizers.append(torch.optim.Adam([decayed, dict(params=[p for p in parameters if p.dim() == 1])], **options))
-    return [*optimizers, torch.optim.Adam([agent.log_alpha], **options)]
+        optimizers.append(torch.optim.Adam([decayed, dict(params=[p for p in parameters if p.dim() <= 1])], **options))
+    return optimizers
 
 
 def update(agent, optimizers, args, batch: tuple) -> dict:
     """One gradient step of critics, policy and temperature on a batch from `TransitionReplay.sample` -> metrics,
     detached, on the device."""
     obs, action, reward, terminated, next_obs = batch
-    actor_optimizer, critic_optimizer, alpha_optimizer = optimizers
+    actor_optimizer, critic_optimizer = optimizers
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
     alpha = agent.log_alpha.detach().exp()
@@ -458,15 +457,11 @@ def update(agent, optimizers, args, batch: tuple) -> dict:
         new_action, log_prob = sample_action(*agent.policy(obs))
         new_q = torch.minimum(*agent.critics(obs, new_action))
     actor_loss = (alpha * log_prob[:, None] - new_q).mean()
-    actor_optimizer.zero_grad()
-    actor_loss.backward(inputs=list(agent.actor.parameters()))
-    actor_optimizer.step()
-
     entropy = -log_prob.detach().mean()
     alpha_loss = agent.log_alpha * (entropy + action.shape[1] / 2)
-    alpha_optimizer.zero_grad()
-    alpha_loss.backward()
-    alpha_optimizer.step()
+    actor_optimizer.zero_grad()
+    (actor_loss + alpha_loss).backward(inputs=[*agent.actor.parameters(), agent.log_alpha])
+    actor_optimizer.step()
     agent.update_targets(args.tau)
     return {
         "losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(), "losses/entropy": entropy,
@@ -827,7 +822,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 3  # of checkpoint.pt
+    FORMAT = 4  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
