@@ -24,14 +24,14 @@ one makes poor use of the data. The critic's fraction of active units tells when
     FAU = 1/N sum_n 1[a_n(x) > 0]      a: after the ReLUs of both Q heads; averaged over a training batch
 Every 50 episodes, with Phi the average over the gradient steps of the last episode:                -> `PlateauDetector`
     | Phi - Phi of 50 episodes ago | <= 0.001      then the replay ratio goes from 0.5 to 2, and stays there
-The agent is DrQ-v2 (Yarats et al. 2022); f is its encoder, and o and o' are randomly shifted by up to 4 pixels:
+The agent is DrQ-v2 (Yarats et al. 2022). Data augmentation shifts o_t and o_{t+n} by up to 4 pixels; f: the encoder
     y   = sum_{i<n} gamma^i r_{t+i} + gamma^n min_k Q_target_k( f(o_{t+n}), a' )     a' ~ pi(f(o_{t+n})), noise clipped
     critic and encoder:  sum_k ( Q_k(f(o_t), a_t) - y )^2                                                 -> `update`
     actor:               - min_k Q_k( f(o_t), a )   a ~ pi(f(o_t)); f gets no gradient
 
     python adaptive_rr.py --env-id dm_control/quadruped-run-v0      the paper's setting, 3M frames: for a GPU
     python adaptive_rr.py --rr-high 0.5                             plain DrQ-v2; --rr-low 2: at a high replay ratio
-    SCALE=small bash benchmark/adaptive_rr/pendulum.sh              scaled down: 15 runs, 100 minutes on a CPU
+    SCALE=small bash benchmark/adaptive_rr/pendulum.sh              15 small runs, with WORKERS=2 100 minutes on a CPU
 
 The detector finds a plateau, not a recovery: it also fires at the early minimum, on a slow decline, after a collapse.
 Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the reasons for them:
@@ -211,8 +211,8 @@ def make_env(env_id: str, image_size: int):
             env = make(**size)
         except TypeError:  # it takes no size of its frames: to_pixels resizes them
             env = make()
-        if env.spec.max_episode_steps is None:
-            env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
+    if env.spec.max_episode_steps is None:  # most of dm_control's tasks end earlier, after 1000 frames
+        env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
     if suite == "dm_control" or hasattr(env.unwrapped, "mujoco_renderer"):
         if vars(sys.modules["mujoco"]).setdefault("first_suite", suite) != suite:
             raise RuntimeError("dm_control and another MuJoCo renderer in one process draw wrong pictures")
@@ -755,8 +755,10 @@ def check_env(args: Args) -> int:
             raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    frames = 1000 if args.env_id.startswith("dm_control/") else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps
-    if frames is None:  # as registered; the environment's own specification has lost it
+    frames = gymnasium.spec(env.unwrapped.spec.id).max_episode_steps  # its own specification has lost it
+    if args.env_id.startswith("dm_control/") and "/lqr" not in args.env_id:
+        frames = 1000
+    if frames is None:
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
     steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
     if args.n_step > steps:
@@ -765,7 +767,7 @@ def check_env(args: Args) -> int:
 
 
 def replay_capacity(args) -> int:
-    """Frames in the ring. An episode has one frame more than steps: 10% is enough for them."""
+    """Frames in the ring. An episode has one frame more than steps: 10% is enough from 10 steps on."""
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 

@@ -234,8 +234,8 @@ def make_env(env_id: str, image_size: int):
             env = make(**size)
         except TypeError:  # it takes no size of its frames: to_pixels resizes them
             env = make()
-        if env.spec.max_episode_steps is None:
-            env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
+    if env.spec.max_episode_steps is None:  # most of dm_control's tasks end earlier, after 1000 frames
+        env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
     if suite == "dm_control" or hasattr(env.unwrapped, "mujoco_renderer"):
         if vars(sys.modules["mujoco"]).setdefault("first_suite", suite) != suite:
             raise RuntimeError("dm_control and another MuJoCo renderer in one process draw wrong pictures")
@@ -861,9 +861,6 @@ def check_args(args: Args) -> tuple:
     if args.min_perturb_factor > args.max_perturb_factor:
         limit = f"must be at most --max-perturb-factor {args.max_perturb_factor}"
         refuse("min_perturb_factor", args.min_perturb_factor, limit)
-    given = args.perturb_every != Args.perturb_every and args.resume is None
-    if given and args.perturb_every >= args.total_timesteps:
-        refuse("perturb_every", args.perturb_every, f"must be less than --total-timesteps {args.total_timesteps}")
     check_idle(args)
     return device, buffer_device, check_env(args)
 
@@ -882,8 +879,10 @@ def check_env(args: Args) -> int:
             raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    frames = 1000 if args.env_id.startswith("dm_control/") else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps
-    if frames is None:  # as registered; the environment's own specification has lost it
+    frames = gymnasium.spec(env.unwrapped.spec.id).max_episode_steps  # its own specification has lost it
+    if args.env_id.startswith("dm_control/") and "/lqr" not in args.env_id:
+        frames = 1000
+    if frames is None:
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
     steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
     if args.n_step > steps:
@@ -894,9 +893,12 @@ def check_env(args: Args) -> int:
 def check_idle(args: Args) -> None:
     """Refuses flags that do nothing beside another one."""
     fixed = args.min_perturb_factor == args.max_perturb_factor
+    first = math.ceil(args.learning_starts / max(1, args.perturb_every)) * args.perturb_every
+    never = first >= args.total_timesteps and args.resume is None
     perturbation = ["perturb_rate", "min_perturb_factor", "max_perturb_factor", "perturb_target", "perturb_scope"]
     table = [
         ("--perturb-every 0", args.perturb_every == 0, perturbation),
+        (f"--total-timesteps {args.total_timesteps}: the first is at {first}", never, ["perturb_every", *perturbation]),
         ("--min-perturb-factor equal to --max-perturb-factor", fixed, ["perturb_rate"]),
         ("--perturb-scope actor", args.perturb_scope == "actor", ["perturb_target"]),
         ("--target-lambda 0", args.target_lambda == 0, ["lambda_type", "lambda_temperature", "expectile"]),
@@ -911,7 +913,7 @@ def check_idle(args: Args) -> None:
 
 
 def replay_capacity(args) -> int:
-    """Frames in the ring. An episode has one frame more than steps: 10% is enough for them."""
+    """Frames in the ring. An episode has one frame more than steps: 10% is enough from 10 steps on."""
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 

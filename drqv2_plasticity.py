@@ -44,7 +44,8 @@ Differences from the official code (facebookresearch/drqv2, Guozheng-Ma/Adaptive
  4. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
  5. Metrics are summed on the device and read once per episode; officially, every update waits for the GPU.
  6. Evaluations play other episodes than training; officially, both begin with the same seed.
- 7. An injected head gets new weights, as in its paper (Nikishin et al. 2023); in the authors' code, its own first ones.
+ 7. An injected head gets new weights, as in its paper (Nikishin et al. 2023); in the authors' second repository,
+    Guozheng-Ma/Plasticity-Injection_Torch, its own first ones.
 The study's other changes are in no official code; a choice that the paper leaves open is marked at its flag: ours.
 Your own environment: --env-id my_module:MyEnv-v0, or `make_env`. Your own intervention: `intervene`. What is saved:
 `parts` and counters in `train`, between episodes; Ctrl-C cuts the episode, and a resumed run begins the next.
@@ -140,7 +141,7 @@ class Args(RunArgs):
     priming_gradient_steps: Period = 0  # heavy priming: all at the first learning step (paper: 100000)
 
     # Interventions: at their steps ...
-    reset_every: Period = 0  # steps between resets of heads (and of trunks: ours); 0: never
+    reset_every: Period = 0  # steps between resets of all heads (and trunks: ours), with their Adam; 0: never
     shrink_perturb_every: Period = 0  # steps (ours) between critic := shrink * critic + perturb * new weights; 0: never
     shrink: Share = 0.2  # "multiplying the critic network weights by a small scalar" (paper; which one: ours)
     perturb: Share = 1.0  # "a perturbation equivalent to the weights of a randomly initialized network" (paper)
@@ -151,7 +152,7 @@ class Args(RunArgs):
     injection_step: Count = 500_000  # at this step
     # ... and from the beginning
     weight_decay: NonNegative = 0.0  # times the weights, added to gradients before Adam (paper: 1e-5; all nets: ours)
-    l2_init: NonNegative = 0.0  # times (weights - initial ones)^2 of critic and encoder, in the loss (paper: 1e-2)
+    l2_init: NonNegative = 0.0  # times (weights - those of step 0)^2 of critic and encoder, in the loss (paper: 1e-2)
     layer_norm: bool = False  # before each ReLU of convolutions and heads (ours: over all channels and positions)
     spectral_norm: Literal["none", "trunk", "head"] = "none"  # of the first linear layer of trunks or heads
     crelu: bool = False  # the critic's heads get [ReLU(x), ReLU(-x)] (of all units: ours)
@@ -232,8 +233,8 @@ def make_env(env_id: str, image_size: int):
             env = make(**size)
         except TypeError:  # it takes no size of its frames: to_pixels resizes them
             env = make()
-        if env.spec.max_episode_steps is None:
-            env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
+    if env.spec.max_episode_steps is None:  # most of dm_control's tasks end earlier, after 1000 frames
+        env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
     if suite == "dm_control" or hasattr(env.unwrapped, "mujoco_renderer"):
         if vars(sys.modules["mujoco"]).setdefault("first_suite", suite) != suite:
             raise RuntimeError("dm_control and another MuJoCo renderer in one process draw wrong pictures")
@@ -569,7 +570,8 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
 
 @torch.no_grad()
 def shrink_and_perturb(module: nn.Module, shrink: float, perturb: float, generator) -> None:
-    """Ash and Adams 2020, in place: weights := shrink * weights + perturb * freshly initialised ones."""
+    """Ash and Adams 2020, in place: weights := shrink * weights + perturb * freshly initialised ones; biases and norms,
+    too. What Adam remembers, and a target network, stay as they are (ours)."""
     fresh = copy.deepcopy(module)
     reset_layers(fresh.modules(), [], generator)
     for weight, new in zip(module.parameters(), fresh.parameters()):
@@ -1029,8 +1031,10 @@ def check_env(args: Args) -> int:
             raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    frames = 1000 if args.env_id.startswith("dm_control/") else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps
-    if frames is None:  # as registered; the environment's own specification has lost it
+    frames = gymnasium.spec(env.unwrapped.spec.id).max_episode_steps  # its own specification has lost it
+    if args.env_id.startswith("dm_control/") and "/lqr" not in args.env_id:
+        frames = 1000
+    if frames is None:
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
     steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
     if args.n_step > steps:
@@ -1039,7 +1043,7 @@ def check_env(args: Args) -> int:
 
 
 def replay_capacity(args) -> int:
-    """Frames in the ring. An episode has one frame more than steps: 10% is enough for them."""
+    """Frames in the ring. An episode has one frame more than steps: 10% is enough from 10 steps on."""
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 

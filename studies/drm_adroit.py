@@ -921,9 +921,6 @@ def check_args(args: Args) -> tuple:
     if args.min_perturb_factor > args.max_perturb_factor:
         limit = f"must be at most --max-perturb-factor {args.max_perturb_factor}"
         refuse("min_perturb_factor", args.min_perturb_factor, limit)
-    given = args.perturb_every != Args.perturb_every and args.resume is None
-    if given and args.perturb_every >= args.total_timesteps:
-        refuse("perturb_every", args.perturb_every, f"must be less than --total-timesteps {args.total_timesteps}")
     check_idle(args)
     with suppress(ImportError):
         import_module("triton")  # torch does it later, and crashes if a software renderer has loaded its LLVM before
@@ -944,9 +941,12 @@ def check_args(args: Args) -> tuple:
 def check_idle(args: Args) -> None:
     """Refuses flags that do nothing beside another one."""
     fixed = args.min_perturb_factor == args.max_perturb_factor
+    first = math.ceil(args.learning_starts / max(1, args.perturb_every)) * args.perturb_every
+    never = first >= args.total_timesteps and args.resume is None
     perturbation = ["perturb_rate", "min_perturb_factor", "max_perturb_factor", "perturb_target", "perturb_scope"]
     table = [
         ("--perturb-every 0", args.perturb_every == 0, perturbation),
+        (f"--total-timesteps {args.total_timesteps}: the first is at {first}", never, ["perturb_every", *perturbation]),
         ("--min-perturb-factor equal to --max-perturb-factor", fixed, ["perturb_rate"]),
         ("--perturb-scope actor", args.perturb_scope == "actor", ["perturb_target"]),
         ("--target-lambda 0", args.target_lambda == 0, ["lambda_type", "lambda_temperature", "expectile"]),
@@ -961,7 +961,7 @@ def check_idle(args: Args) -> None:
 
 
 def replay_capacity(args) -> int:
-    """Frames in the ring. An episode has one frame more than steps: 10% is enough for them."""
+    """Frames in the ring. An episode has one frame more than steps: 10% is enough from 10 steps on."""
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 

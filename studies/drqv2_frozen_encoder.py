@@ -212,8 +212,8 @@ def make_env(env_id: str, image_size: int):
             env = make(**size)
         except TypeError:  # it takes no size of its frames: to_pixels resizes them
             env = make()
-        if env.spec.max_episode_steps is None:
-            env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
+    if env.spec.max_episode_steps is None:  # most of dm_control's tasks end earlier, after 1000 frames
+        env = TimeLimit(env, EPISODE_LIMIT * ACTION_REPEAT)
     if suite == "dm_control" or hasattr(env.unwrapped, "mujoco_renderer"):
         if vars(sys.modules["mujoco"]).setdefault("first_suite", suite) != suite:
             raise RuntimeError("dm_control and another MuJoCo renderer in one process draw wrong pictures")
@@ -759,8 +759,10 @@ def check_env(args: Args) -> int:
             raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    frames = 1000 if args.env_id.startswith("dm_control/") else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps
-    if frames is None:  # as registered; the environment's own specification has lost it
+    frames = gymnasium.spec(env.unwrapped.spec.id).max_episode_steps  # its own specification has lost it
+    if args.env_id.startswith("dm_control/") and "/lqr" not in args.env_id:
+        frames = 1000
+    if frames is None:
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
     steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
     if args.n_step > steps:
@@ -769,7 +771,7 @@ def check_env(args: Args) -> int:
 
 
 def replay_capacity(args) -> int:
-    """Frames in the ring. An episode has one frame more than steps: 10% is enough for them."""
+    """Frames in the ring. An episode has one frame more than steps: 10% is enough from 10 steps on."""
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 

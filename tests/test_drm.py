@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -561,11 +562,15 @@ def test_perturbations_happen_where_they_should(serial, monkeypatch):
 
     def watched_perturb(*arguments):
         factors.append((len(betas) - 1, float(perturb_agent(*arguments)), betas[-1]))
+        acted.append(acting.call_count)
         return tensor(factors[-1][1])
 
+    acted, acting = [], unittest.mock.Mock(side_effect=drm.act)
     monkeypatch.setattr(drm, "update", watched_update)
     monkeypatch.setattr(drm, "perturb_agent", watched_perturb)
+    monkeypatch.setattr(drm, "act", acting)
     logged = scalars(run(*ADAPTIVE, "--perturb-every", 15, "--perturb-rate", 1))["events/perturb_factor"]
+    assert acted == list(range(31, 120, 15))  # an action is chosen before the perturbation at its step
     assert [updates for updates, _, _ in factors] == [0, 8, 15, 23, 30, 38] and list(logged) == list(range(31, 120, 15))
     assert factors[0][1] == pytest.approx(0.2)
     assert all(factor == pytest.approx(min(0.9, max(0.2, 1 - beta)), abs=1e-6) for _, factor, beta in factors)
@@ -648,11 +653,12 @@ def test_gradient_steps_by_replay_ratio(ratio, updates, serial):
     ["--batch-size", 16], ["--precision", "bfloat16"], [*AWAKE, "--stddev-start", 2], [*AWAKE, "--stddev-end", 2],
     [*AWAKE, "--stddev-steps", 10], [*AWAKE, "--stddev-start", 0, "--stddev-end", 0], ["--shift-pad", 1],
     ["--exploration-steps", 60], ["--replay-ratio", 2], ["--dormant-tau", 0.3], ["--target-dormant-ratio", 0.1],
-    ["--no-dormant-strict", "--dormant-tau", 0], ["--stddev-type", "drqv2"], ["--dormant-temperature", 0.5],
-    ["--perturb-every", 60], ["--perturb-every", 0], ["--perturb-rate", 1], ["--min-perturb-factor", 0.8],
-    ["--max-perturb-factor", 0.3], ["--min-perturb-factor", 0.7, "--max-perturb-factor", 0.7],
-    ["--perturb-target", "same"], ["--perturb-scope", "actor"], ["--perturb-scope", "all"], ["--target-lambda", 0],
-    ["--target-lambda", 0.3], ["--lambda-type", "constant"], ["--lambda-temperature", 0.5], ["--expectile", 0.7],
+    ["--dormant-tau", 0], ["--no-dormant-strict", "--dormant-tau", 0], ["--stddev-type", "drqv2"],
+    ["--dormant-temperature", 0.5], ["--perturb-every", 60], ["--perturb-every", 0], ["--perturb-rate", 1],
+    ["--min-perturb-factor", 0.8], ["--max-perturb-factor", 0.3],
+    ["--min-perturb-factor", 0.7, "--max-perturb-factor", 0.7], ["--perturb-target", "same"],
+    ["--perturb-scope", "actor"], ["--perturb-scope", "all"], ["--target-lambda", 0], ["--target-lambda", 0.3],
+    ["--lambda-type", "constant"], ["--lambda-temperature", 0.5], ["--expectile", 0.7],
     ["--seed", 2],
 ], ids=lambda flags: " ".join(str(flag) for flag in flags))  # fmt: skip
 def test_every_switch_changes_the_run(flags, serial, outcomes):
@@ -739,7 +745,7 @@ def test_a_run_learns(serial):
     (["--dormant-temperature", 0], "--dormant-temperature 0.0: must lie between 1e-06 and"),
     (["--lambda-temperature", "nan"], "--lambda-temperature nan: must lie between 1e-06 and"),
     (["--perturb-every", -1], "--perturb-every -1: must lie between 0 and"),
-    (["--perturb-every", 120], "--perturb-every 120: must be less than --total-timesteps 120"),
+    (["--perturb-every", 120], "--perturb-every 120: does nothing with --total-timesteps 120: the first is at 120"),
     (["--replay-ratio", 0], "--replay-ratio 0.0: must lie between 1e-06 and"),
     (["--perturb-scope", "actor", "--perturb-target", "same"], "same: does nothing with --perturb-scope actor"),
     (["--perturb-every", 0, "--perturb-rate", 1], "--perturb-rate 1.0: does nothing with --perturb-every 0"),

@@ -143,7 +143,8 @@ def test_settings():
     assert (head.total_timesteps, head.expectile, release.total_timesteps) == (1_050_000, 0.9, 1_000_000)
     for task in ("assembly", "disassemble", "stick-pull", "sweep-into"):
         assert mw.parse_args(["--env-id", task]).max_perturb_factor == 0.9
-    assert mw.parse_args(["--env-id", "soccer"]).total_timesteps == 1_550_000
+    soccer = mw.parse_args(["--env-id", "soccer"])
+    assert (soccer.total_timesteps, soccer.max_perturb_factor) == (1_550_000, 0.6)
 
 
 def test_regularise_a_foreign_network():

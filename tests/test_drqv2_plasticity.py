@@ -308,6 +308,15 @@ def test_measure_plasticity():
     assert len(metrics) == 3 * (len(drq.TAUS) + 2)
 
 
+def test_weight_norm_after_an_injection_is_that_of_what_learns():
+    agent, optimizers, arguments = updated(injection="critic", injection_step=100)
+    intervened(agent, optimizers, arguments, 100)
+    obs, action, *_ = make_batch()
+    norm = drq.measure_modules(agent, obs, action)["weight_norm/critic"]
+    parts = [part.state_dict().values() for part in (agent.critic.trunk, agent.critic.q1.head, agent.critic.q2.head)]
+    assert norm == pytest.approx(math.sqrt(sum(float((p**2).sum()) for part in parts for p in part)))
+
+
 # --- interventions ----------------------------------------------------------------------------------------------------
 def test_crelu():
     foreign = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -376,6 +385,19 @@ def test_l2_init_adds_its_gradient():
     optimizer.step()  # gradient 2 * 0.25 * 2
     torch.testing.assert_close(layer.weight.detach(), initial["weight"] + 1)
     torch.testing.assert_close(layer.bias.detach(), initial["bias"])
+
+
+def test_penalties_act_on_their_networks():
+    """Weight decay on all three; L2-Init on encoder and critic: 2 * 0.1 * (weights - those of step 0) more."""
+    agent, optimizers, _ = make_agent(l2_init=0.1, weight_decay=0.2)
+    assert [optimizer.param_groups[0]["weight_decay"] for optimizer in optimizers] == [0.2] * 3
+    for module, optimizer, pull in zip((agent.encoder, agent.actor, agent.critic), optimizers, (0.2, 0, 0.2)):
+        for weight in module.parameters():
+            weight.data.add_(1)
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        for weight in module.parameters():
+            torch.testing.assert_close(weight.grad, torch.full_like(weight, pull))
 
 
 def adam_memory(optimizer, parameters):
@@ -447,6 +469,17 @@ def test_shrink_and_perturb():
         for name, value in module.state_dict().items():
             torch.testing.assert_close(value, 0.8 * before[name] + 0.2 * fresh.state_dict()[name])
         assert not same(before, state(fresh))
+
+
+def test_shrink_and_perturb_is_for_the_critic():
+    agent, optimizers, arguments = updated(shrink_perturb_every=100, shrink=0.3, perturb=0.6)
+    before, fresh = state(agent), copy.deepcopy(agent.critic)
+    drq.reset_layers(fresh.modules(), [], generator())
+    assert intervened(agent, optimizers, arguments, 100) == {"events/perturb_factor": 0.3}
+    for name, value in agent.state_dict().items():
+        part, _, key = name.partition(".")
+        new = 0.3 * before[name] + 0.6 * fresh.state_dict()[key] if part == "critic" else before[name]
+        torch.testing.assert_close(value, new, rtol=0, atol=1e-6 if part == "critic" else 0)
 
 
 class OneBatch:
@@ -557,7 +590,7 @@ def test_injection_into_a_foreign_network():
     before, _ = network(x)
     drq.inject([network], [optimizer], generator())
     after, (hidden,) = network(x)
-    assert torch.equal(before, after) and hidden.shape == (5, 8)
+    assert torch.equal(before, after) and torch.equal(hidden, network.head(x)[1][0]) and hidden.any()
     assert sum(p.requires_grad for p in network.parameters()) == 4
 
 

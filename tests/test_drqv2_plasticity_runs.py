@@ -1,6 +1,7 @@
 """drqv2_plasticity.py through its command line: counts, schedules, interventions, resume, a real task, bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -231,7 +232,7 @@ def test_noise_follows_its_schedule_in_acting_and_learning(serial, monkeypatch):
     assert learned == pytest.approx(stddev[30::2])
 
 
-def test_looking_evaluating_and_an_idle_recycler_do_not_change_what_is_learned(serial):
+def test_looking_and_evaluating_do_not_change_what_is_learned_nor_interventions_what_is_drawn(serial):
     plain = checkpoint(run(*PIXELS))
     spectral = [
         checkpoint(run(*PIXELS, "--spectral-norm", "trunk", "--eval-every", every))["agent"] for every in (13, 60)
@@ -239,6 +240,8 @@ def test_looking_evaluating_and_an_idle_recycler_do_not_change_what_is_learned(s
     assert_same(*spectral)
     for flags in (["--plasticity-every", 7], ["--eval-every", 13], ["--eval-episodes", 1], ["--capture-video"]):
         assert_same(plain["agent"], checkpoint(run(*PIXELS, *flags))["agent"])
+    for flags in (["--reset-every", 50], [*REDO, "--redo-tau", 0.8]):  # they draw from a stream of their own
+        assert_same(plain["batch_rng"], checkpoint(run(*PIXELS, *flags))["batch_rng"])
 
 
 def test_overlapped_and_serial_execution_give_the_same_numbers(monkeypatch):
@@ -336,12 +339,19 @@ def test_every_switch_changes_the_run(flags, serial, outcomes):
     helpers.assert_new_outcome(drq, PIXELS, flags, outcomes)
 
 
-@pytest.mark.parametrize("flag, tolerance", [(["--precision", "bfloat16"], 0.1), (["--compile"], 0.01)], ids=str)
-def test_speed_flags_change_bits_but_not_results(flag, tolerance, serial, quick_compiler):
-    flags = [*PIXELS, "--total-timesteps", 40, "--injection", "critic", "--injection-step", 36]
-    plain, fast = run(*flags), run(*flags, *flag)
-    for name, value in checkpoint(plain)["agent"].items():
-        torch.testing.assert_close(checkpoint(fast)["agent"][name], value, atol=2e-3, rtol=tolerance)
+@pytest.mark.parametrize("flag, tolerance", [(["--precision", "bfloat16"], 0.5), (["--compile"], 0.1)], ids=str)
+def test_speed_flags_do_not_change_what_is_learned(flag, tolerance, serial, quick_compiler):
+    """Their difference is small beside what was learned since the injection, network by network."""
+    flags = [*PIXELS, "--total-timesteps", 40, "--injection", "critic", "--injection-step", 36, "--learning-rate", 1e-3]
+    plain, fast, new = run(*flags), run(*flags, *flag), run(*flags, "--learning-rate", 0)
+    plain_weights, fast_weights, new_weights = (checkpoint(run_dir)["agent"] for run_dir in (plain, fast, new))
+    for network in ("encoder", "actor", "critic"):
+        names = [name for name in plain_weights if name.startswith(f"{network}.")]
+        learned, apart = (
+            math.sqrt(sum(float(((weights[n] - plain_weights[n]) ** 2).sum()) for n in names))
+            for weights in (new_weights, fast_weights)
+        )
+        assert apart < tolerance * learned and (apart > 0 or "--compile" in flag), (network, apart / learned)
     assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == ("--compile" in flag)
 
 

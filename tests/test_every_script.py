@@ -526,15 +526,17 @@ def test_success_rate_length_and_return_of_an_evaluation(script):
             success = np.array([float((i, self.time) in successes) for i in range(3)])
             over = np.array([self.time >= end for end in ends])
             reward, never = np.array([1.0, 10.0, 100.0]), np.zeros(3, bool)
-            return np.zeros((3, 3, 24, 24), np.uint8), reward, never, over, self.info | dict(success=success)
+            frame = np.full((3, 3, 24, 24), self.time, np.uint8)
+            return frame, reward, never, over, self.info | dict(success=success)
 
-    run, agent = unittest.mock.Mock(stopped=None), unittest.mock.Mock()
-    agent.mean_action = lambda obs: torch.zeros(3, 2)
+    run, agent, seen = unittest.mock.Mock(stopped=None), unittest.mock.Mock(), []
+    agent.mean_action = lambda obs, *_: seen.append(obs[0, ::3, 0, 0].tolist()) or torch.zeros(3, 2)
     args = unittest.mock.Mock(eval_episodes=4, seed=1, capture_video=False)
     metrics = script.evaluate(agent, Playing(), args, 0, "cpu", run)
     assert metrics["eval/success_rate"] == 2 / 4  # the first environment's, twice
     assert metrics["eval/episodic_length"] == (3 + 2 + 4 + 3) / 4
     assert metrics["eval/episodic_return"] == (3 + 20 + 400 + 3) / 4
+    assert seen == 2 * [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]]  # the last three frames, the newest behind
 
 
 @pixel_scripts

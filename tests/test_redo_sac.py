@@ -337,10 +337,10 @@ def test_a_film(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_learns():
-    """Balances the pole (1000 steps) after 8000 steps."""
+    """The pole stands for 75 to 130 steps after 8000 (seeds 1 to 3, CleanRL alike); with random actions for 6."""
     flags = ["--env-id", "InvertedPendulum-v5", "--width", 0.25, "--learning-starts", 1000, "--total-timesteps", 8000]
     logged = scalars(run(*flags, "--method", "sac", "--eval-every", 8000, "--eval-episodes", 3, "--reward-scale", 1))
-    assert list(logged["eval/episodic_return"].values())[-1] > 500
+    assert list(logged["eval/episodic_return"].values())[-1] > 40
 
 
 def test_a_run_that_diverges_ends_with_one_line(capsys):

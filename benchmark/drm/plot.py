@@ -99,12 +99,14 @@ def aggregate(runs, arms, out) -> None:
     runs = comparable(runs, drq.arm, "eval/episodic_return")
     rows, last = [], max(run.series("eval/episodic_return")[0].max(initial=0) for run in runs)
     size, unit = frames_unit(last)
-    for name, members in group(runs, drq.arm).items():
+    members_of = group(runs, drq.arm)
+    for name in (name for name in arms if name in members_of):
+        members = members_of[name]
         frames, tasks = aligned_tasks(members, "eval/episodic_return")
         returns = list(tasks.values())
         mean, (low, high) = iqm(returns), stratified_bootstrap(returns, iqm)
         color = colours(arms)[name]
-        axis.plot(frames / size, mean, color=color, label=name)
+        axis.plot(frames / size, mean, color=color, label=drq.name_of(name))
         axis.fill_between(frames / size, low, high, color=color, alpha=0.2, linewidth=0)
         rows += [dict(arm=name, tasks=len(tasks), seeds=len(returns[0]), frames=int(f), iqm=m, low=lo, high=hi)
                  for f, m, lo, hi in zip(frames, mean, low, high)]  # fmt: skip
