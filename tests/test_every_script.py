@@ -530,13 +530,28 @@ def test_success_rate_length_and_return_of_an_evaluation(script):
             return frame, reward, never, over, self.info | dict(success=success)
 
     run, agent, seen = unittest.mock.Mock(stopped=None), unittest.mock.Mock(), []
-    agent.mean_action = lambda obs, *_: seen.append(obs[0, ::3, 0, 0].tolist()) or torch.zeros(3, 2)
+
+    def mean_action(obs):  # Adroit's comes with the joints
+        seen.append((obs if torch.is_tensor(obs) else obs[0])[0, ::3, 0, 0].tolist())
+        return torch.zeros(3, 2)
+
+    agent.mean_action = mean_action
     args = unittest.mock.Mock(eval_episodes=4, seed=1, capture_video=False)
     metrics = script.evaluate(agent, Playing(), args, 0, "cpu", run)
     assert metrics["eval/success_rate"] == 2 / 4  # the first environment's, twice
     assert metrics["eval/episodic_length"] == (3 + 2 + 4 + 3) / 4
     assert metrics["eval/episodic_return"] == (3 + 20 + 400 + 3) / 4
-    assert seen == 2 * [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]]  # the last three frames, the newest behind
+    stacks = [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]]  # the newest behind
+    assert seen == 2 * ([frames[-1:] for frames in stacks] if script is adroit else stacks)
+
+
+@pytest.mark.parametrize("script", [*PIXEL_SCRIPTS, frozen], ids=lambda script: script.SCRIPT)
+def test_a_task_of_dm_control_without_an_end_gets_one(script, monkeypatch):
+    monkeypatch.setattr(script, "EPISODE_LIMIT", 3)
+    env = script.make_env("dm_control/lqr-lqr_2_1-v0", 24)
+    env.reset(seed=0)
+    assert [env.step(env.action_space.sample())[3] for _ in range(3)] == [False, False, True]
+    env.close()
 
 
 @pixel_scripts
