@@ -21,9 +21,10 @@ import json
 import numpy as np
 import drm_adroit as adroit
 
-looks = {}
+looks, kept = {}, []  # a renderer that is freed would spoil the next one's pictures
 for name in ("pen", "door", "hammer"):
     env = adroit.make_env(name, 32)
+    kept.append(env)
     first, info = env.reset(seed=3)
     again, other = env.reset(seed=3)[0], env.reset(seed=4)[0]
     look = looks[name] = dict(
@@ -96,6 +97,19 @@ for hinge in (1.38, 1.5):  # the package's goal is 1.35, the official one 1.4
         hand.data.qpos[hand.door_hinge_addrs] = hinge
         hand.data.qvel[:] = 0
         looks[f"held {hinge}"].append(float(env.step(np.zeros(28, np.float32))[4]["success"]))
+for name, nail in (("hammer", 0.05), ("hammer", 0.09), ("pen", 0)):  # a pen turned as the goal, but far away from it
+    env = adroit.make_env(name, 16).env.env
+    env.reset(seed=5)
+    hand, held = env.unwrapped, []
+    looks[f"held {name} {nail}"], place = held, hand.data.qpos.copy()
+    if name == "pen":
+        goal = hand.model.body("target").id
+        hand.model.body_quat[goal], hand.model.body_pos[goal] = hand.data.xquat[hand.obj_body_id], [-0.5, 0, 0.8]
+    else:
+        place[hand.model.joint("nail_dir").qposadr[0]] = nail
+    for _ in range(14):
+        hand.data.qpos[:], hand.data.qvel[:] = place, 0
+        held.append(float(env.step(np.zeros(env.action_space.shape, np.float32))[4]["success"]))
 print(json.dumps(looks))
 """
 
@@ -119,7 +133,8 @@ def test_the_environment_is_the_official_one():
     assert pen["ended"] == [True, False] and pen["length"] < 50 or pen["ended"] == [False, True] and pen["length"] == 50
     assert looks["dropped"] == [True, False]
     assert looks["held 1.5"] == [0.0] * 12 + [1.0] * 4  # more than 25 steps of the simulator, two a step
-    assert looks["held 1.38"] == [0.0] * 16
+    assert looks["held 1.38"] == [0.0] * 16 and looks["held hammer 0.05"] == [0.0] * 14
+    assert looks["held hammer 0.09"] == [0.0] * 12 + [1.0] * 2 and looks["held pen 0"] == [0.0] * 10 + [1.0] * 4
     for name, place in (("pen", [0, -0.8, 0.8]), ("door", [0, 0, 1.5]), ("hammer", [0, 0, 1.1])):
         hinges, camera = looks[name]["hinges"], looks[name]["camera"]
         assert len(hinges) == 24 and hinges[0] == "WRJ1" and hinges[-1] == "THJ0" and camera[0] == place
