@@ -45,7 +45,7 @@ Where the paper (as others report it) and the official code differ, this file fo
  d. alpha_max is 0.6 to 1, by task (TASKS); other tasks have the paper's 0.9.
 Differences from the official code (XuGW-Kevin/DrM), and the reasons for them:
  1. One ring stores each frame once: 21 GB for 1M steps instead of 64 GB. Batches are drawn from all of it, including
-    the current episode; officially, 4 loaders hold a part each, see new episodes late, draw short ones as often.
+    the current episode; officially, 4 loaders hold a part each, see it late, and draw short episodes as often as long.
  2. No update waits for the GPU: beta, sigma, lambda and t0 stay on it; officially, every update reads beta.
  3. A perturbation comes at its step; officially, only if a gradient step is due there.
  4. A batch's Q-values are computed once for both losses; the actor's loss computes no gradients for the critic.
@@ -879,8 +879,8 @@ def check_env(args: Args) -> int:
             raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    ends = args.env_id.startswith("dm_control/") and "/lqr" not in args.env_id  # as most of its tasks do
-    frames = 1000 if ends else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps  # its own spec has lost it
+    ends = args.env_id.startswith("dm_control/") and "/lqr" not in args.env_id  # dm_control itself ends all but LQR
+    frames = 1000 if ends else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps  # as registered
     if frames is None:
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
     steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
@@ -897,7 +897,7 @@ def check_idle(args: Args) -> None:
     perturbation = ["perturb_rate", "min_perturb_factor", "max_perturb_factor", "perturb_target", "perturb_scope"]
     table = [
         ("--perturb-every 0", args.perturb_every == 0, perturbation),
-        (f"--total-timesteps {args.total_timesteps}: the first is at {first}", never, ["perturb_every", *perturbation]),
+        (f"--total-timesteps up to {first}, the first perturbation", never, ["perturb_every", *perturbation]),
         ("--min-perturb-factor equal to --max-perturb-factor", fixed, ["perturb_rate"]),
         ("--perturb-scope actor", args.perturb_scope == "actor", ["perturb_target"]),
         ("--target-lambda 0", args.target_lambda == 0, ["lambda_type", "lambda_temperature", "expectile"]),
@@ -912,7 +912,7 @@ def check_idle(args: Args) -> None:
 
 
 def replay_capacity(args) -> int:
-    """Frames in the ring. An episode has one frame more than steps: 10% is enough from 10 steps on."""
+    """Frames in the ring. An episode has one frame more than steps: 10% more is enough if it has 10 or more."""
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 

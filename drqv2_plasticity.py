@@ -38,7 +38,7 @@ FAU counts active elements: it is not one minus the dormant ratio. At a plastici
 feature rank and weight norm jump though no output changes: from then on, only the head that learns is counted.
 Differences from the official code (facebookresearch/drqv2, Guozheng-Ma/Adaptive-Replay-Ratio), and their reasons:
  1. One ring stores each frame once: 21 GB for 1M steps instead of 63.5 GB. Batches are drawn from all of it, including
-    the current episode; officially, 4 loaders hold a part each, see new episodes late, draw short ones as often.
+    the current episode; officially, 4 loaders hold a part each, see it late, and draw short episodes as often as long.
  2. Termination stops the bootstrap; officially, a discount of 0 becomes 1 (no task in the paper terminates).
  3. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
  4. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
@@ -1031,8 +1031,8 @@ def check_env(args: Args) -> int:
             raise ValueError(f"its actions are no vectors, but of shape {env.action_space.shape}")
     except Exception as error:
         refuse("env_id", args.env_id, f"cannot be played through its pixels ({type(error).__name__}: {error})")
-    ends = args.env_id.startswith("dm_control/") and "/lqr" not in args.env_id  # as most of its tasks do
-    frames = 1000 if ends else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps  # its own spec has lost it
+    ends = args.env_id.startswith("dm_control/") and "/lqr" not in args.env_id  # dm_control itself ends all but LQR
+    frames = 1000 if ends else gymnasium.spec(env.unwrapped.spec.id).max_episode_steps  # as registered
     if frames is None:
         print(f"{args.env_id} has no time limit: its episodes end after {EPISODE_LIMIT} steps at the latest")
     steps = EPISODE_LIMIT if frames is None else math.ceil(frames / ACTION_REPEAT)
@@ -1042,7 +1042,7 @@ def check_env(args: Args) -> int:
 
 
 def replay_capacity(args) -> int:
-    """Frames in the ring. An episode has one frame more than steps: 10% is enough from 10 steps on."""
+    """Frames in the ring. An episode has one frame more than steps: 10% more is enough if it has 10 or more."""
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 

@@ -946,7 +946,7 @@ def check_idle(args: Args) -> None:
     perturbation = ["perturb_rate", "min_perturb_factor", "max_perturb_factor", "perturb_target", "perturb_scope"]
     table = [
         ("--perturb-every 0", args.perturb_every == 0, perturbation),
-        (f"--total-timesteps {args.total_timesteps}: the first is at {first}", never, ["perturb_every", *perturbation]),
+        (f"--total-timesteps up to {first}, the first perturbation", never, ["perturb_every", *perturbation]),
         ("--min-perturb-factor equal to --max-perturb-factor", fixed, ["perturb_rate"]),
         ("--perturb-scope actor", args.perturb_scope == "actor", ["perturb_target"]),
         ("--target-lambda 0", args.target_lambda == 0, ["lambda_type", "lambda_temperature", "expectile"]),
@@ -961,7 +961,7 @@ def check_idle(args: Args) -> None:
 
 
 def replay_capacity(args) -> int:
-    """Frames in the ring. An episode has one frame more than steps: 10% is enough from 10 steps on."""
+    """Frames in the ring. An episode has one frame more than steps: 10% more is enough if it has 10 or more."""
     return min(args.buffer_size, args.total_timesteps + args.total_timesteps // 10 + 1000)
 
 

@@ -298,6 +298,7 @@ def test_detectors_replayed_on_logged_runs():
     write_scalars("runs/quadruped-run__rr-small-static2__1__0", adaptive_rr__switched={60: 0.0, 65: 1.0, 80: 1.0})
     rr_detector.draw(plotting.load_runs("rr-small-*"), [2, 4], [0.001, 0.2], "out")
     cut = {(row["check_episodes"], row["threshold"]): row["switch_frame"] for row in read_csv("out.csv")}
+    assert rr_detector.own_switch(plotting.load_runs("rr-small-*")[0]) == 120
     assert cut == {("2", "0.001"): "nan", ("4", "0.001"): "nan", ("2", "0.2"): "60", ("4", "0.2"): "60"}
     write_run("rr-empty-static2", 1, [0.0])
     with pytest.raises(SystemExit, match="no run is long enough"):

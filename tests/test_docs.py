@@ -26,6 +26,7 @@ def test_every_snippet_runs(capsys):
 
 def test_the_snippet_of_drm_counts_dead_units():
     (snippet,) = re.findall(r"```python\n(from drm .*?\n)with torch", (ROOT / "docs/your_own.md").read_text(), re.S)
+    torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
     namespace, ratios = dict(network=network, x=torch.randn(256, 8)), []
     for dead in (0, 32):

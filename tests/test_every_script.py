@@ -546,12 +546,14 @@ def test_success_rate_length_and_return_of_an_evaluation(script):
 
 
 @pytest.mark.parametrize("script", [*PIXEL_SCRIPTS, frozen], ids=lambda script: script.SCRIPT)
-def test_a_task_of_dm_control_without_an_end_gets_one(script, monkeypatch):
+def test_a_task_of_dm_control_without_an_end_gets_one(script, monkeypatch, capsys):
     monkeypatch.setattr(script, "EPISODE_LIMIT", 3)
     env = script.make_env("dm_control/lqr-lqr_2_1-v0", 24)
     env.reset(seed=0)
     assert [env.step(env.action_space.sample())[3] for _ in range(3)] == [False, False, True]
     env.close()
+    script.check_env(unittest.mock.Mock(env_id="dm_control/lqr-lqr_2_1-v0", image_size=24, n_step=3))
+    assert "has no time limit: its episodes end after 3 steps" in capsys.readouterr().out
 
 
 @pixel_scripts

@@ -22,9 +22,10 @@ FAU = "fau/critic"
 
 
 def own_switch(run) -> float:
-    """The frame after which the run's replay ratio was logged as raised; infinite for never."""
+    """The frame at which the run's replay ratio was raised: the end of its last episode at the low one; infinite for
+    never."""
     frames, switched = run.series("adaptive_rr/switched")
-    return min(frames[switched > 0], default=math.inf)
+    return max(frames[switched == 0], default=0) if (switched > 0).any() else math.inf
 
 
 def switch_frame(run, interval: int, threshold: float) -> float:
@@ -33,7 +34,7 @@ def switch_frame(run, interval: int, threshold: float) -> float:
     detector.first_batch(run.series("adaptive_rr/reference")[1][0])
     fau = dict(zip(*run.series(FAU)))  # of the episodes with gradient steps
     for frame in run.series("charts/episodic_return")[0]:
-        if frame < end:
+        if frame <= end:
             detector.end_episode(fau.get(frame))
             if detector.switched:
                 return float(frame)

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Figs. 8 and 10: DrM and DrQ-v2 on Adroit (bash install.sh adroit), and DrM without each one of its mechanisms (Fig. 10 puts the
-# tasks together; here each has its row). Expect (paper, curves of the success rate only): DrM on top on all tasks; a
-# reviewer of the paper calls the benefit of exploitation large.
+# tasks together; here each has its row). Expect (paper, curves of the success rate only): DrM on top on all tasks.
 # SCALE=smoke and small: the pen alone.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/drm/runs.sh

@@ -100,7 +100,7 @@ def aggregate(runs, arms, out) -> None:
     rows, last = [], max(run.series("eval/episodic_return")[0].max(initial=0) for run in runs)
     size, unit = frames_unit(last)
     members_of = group(runs, drq.arm)
-    for name in (name for name in arms if name in members_of):
+    for name in filter(members_of.get, arms):
         members = members_of[name]
         frames, tasks = aligned_tasks(members, "eval/episodic_return")
         returns = list(tasks.values())

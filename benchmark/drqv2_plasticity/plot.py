@@ -114,11 +114,13 @@ def name_of(arm: str) -> str:
 
 
 def label_of(tag: str) -> str:
-    named = {"drm/dormant_ratio": "DrM's dormant ratio", "drm/stddev": "exploration noise", "drm/lambda": "lambda"}
-    named["charts/episodic_return"] = "return of training episodes"
+    named = {"drm/dormant_ratio": "DrM's dormant ratio", "drm/stddev": "exploration noise", "drm/lambda": "lambda",
+             "charts/episodic_return": "return of training episodes"}  # fmt: skip
+    if tag in named:
+        return named[tag]
     for start, text in (("fau/", "active units, "), ("charts/", ""), ("dormant_ratio_tau", "dormant neurons, tau ")):
-        tag = text + tag.removeprefix(start) if tag.startswith(start) and tag not in named else tag
-    return named.get(tag, tag.replace("_", " ").replace("/", ", "))
+        tag = text + tag.removeprefix(start) if tag.startswith(start) else tag
+    return tag.replace("_", " ").replace("/", ", ")
 
 
 def rows_of(runs, tag, every_seed=False) -> list:
