@@ -29,11 +29,11 @@ for seed in $seeds; do # seed by seed: these arms of one are done before the nex
   )
 done
 sweep drqv2_plasticity.py drqv2_pendulum "$envs" "$seeds" $flags < <(
-  echo "plain-reset $off --reset-every $third"
-  echo "augmentation-reset $shift --reset-every $third"
+  echo "plain-reset2 $off --reset-every $third"
+  echo "augmentation-reset2 $shift --reset-every $third"
   echo "switch-on $off $shift --augmentation-switch-step $third"
   echo "switch-off $shift --augmentation-switch-step $third"
 )
 draw benchmark/drqv2_plasticity/plot.py curves --runs "drqv2_pendulum-$SCALE-*" --envs $envs \
-  --arms augmentation plain switch-on switch-off primed-augmentation primed-plain-then-augmentation augmentation-reset plain-reset \
+  --arms augmentation plain switch-on switch-off primed-augmentation primed-plain-then-augmentation augmentation-reset2 plain-reset2 \
   --tags return fau/critic fau/actor fau/encoder dormant_ratio_tau0.025/critic feature_rank/critic
