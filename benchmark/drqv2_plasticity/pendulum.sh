@@ -2,7 +2,7 @@
 # Figs. 1, 3, 6 and 15 at small scale on a CPU: Pendulum-v1 of Gymnasium from pixels: augmentation on, off and switched at a
 # third; after heavy priming; with two resets. 6000 steps (12,000 frames, 60 episodes) at a replay ratio of 2, pictures of
 # 36 x 36 shifted by up to 2 pixels, heads of 256 units, batches of 64; 10,000 gradient steps of priming on the first 500
-# transitions instead of 100,000 on 2000. SCALE=small: 24 runs of 8 to 15 minutes. paper: twice as many seeds.
+# transitions instead of 100,000 on 2000. SCALE=small: 24 runs of 8 to 17 minutes. paper: twice as many seeds.
 # Expected, and written down before the runs, of the mean return of the last three evaluations, over seeds: augmentation
 # above -400, plain below -1000, with a spread of 150; the critic's active units cannot be told apart (0.54 and 0.51).
 # Both primed arms end above -600: with augmentation from then on, priming without it does no lasting harm (Fig. 15).
