@@ -32,7 +32,7 @@ What the study changes:
 
     python drqv2_plasticity.py --no-augmentation         Walker Run, 3M frames: for a GPU. Paper: the critic's FAU ends
                                                          at .204, with augmentation at .418
-    SCALE=small bash benchmark/drqv2_plasticity/pendulum.sh   24 small runs: two hours on two cores (WORKERS=2)
+    SCALE=small bash benchmark/drqv2_plasticity/pendulum.sh   24 small runs: over two hours on two cores (WORKERS=2)
 
 FAU counts active elements: it is not one minus the dormant ratio. At a plasticity injection the critic's FAU,
 feature rank and weight norm jump though no output changes: from then on, only the head that learns is counted.
