@@ -33,7 +33,6 @@ The agent is DrQ-v2 (Yarats et al. 2022). Data augmentation shifts o_t and o_{t+
     python adaptive_rr.py --rr-high 0.5                             plain DrQ-v2; --rr-low 2: at a high replay ratio
     SCALE=small bash benchmark/adaptive_rr/pendulum.sh              15 small runs: 100 minutes on two cores (WORKERS=2)
 
-The detector finds a plateau, not a recovery: it also fires at the early minimum, on a slow decline, after a collapse.
 Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the reasons for them:
  1. One ring stores each frame once: 21 GB for 1M steps instead of 63.5 GB. Batches are drawn from all of it, including
     the current episode; officially, 4 loaders hold a part each, see it late, and draw short episodes as often as long.
@@ -88,7 +87,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -427,19 +426,20 @@ class DrQv2Agent(nn.Module):
 
 # === Adaptive replay ratio ============================================================================================
 def fau(activations: list) -> torch.Tensor:
-    """Fraction of active units (Eq. 1): the share of positive elements in a list of outputs of ReLUs (batch, ...). All
-    elements count equally, over units and batch: this is not one minus the dormant ratio. NaN if one is not finite."""
+    """Fraction of active units (Ma et al. 2024): the share of positive elements in a list of outputs of ReLUs (any
+    shapes). Units and batch count alike, so it is not one minus the dormant ratio. NaN if one is not finite."""
     share = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
     finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
     return torch.where(finite, share, torch.nan)
 
 
 class PlateauDetector:
-    """Detects when the critic's fraction of active units (FAU) has settled (Section 6, as in the official code).
+    """Detects when the critic's fraction of active units (FAU) has settled (Ma et al. 2024, Section 6).
 
     Every check_episodes whole episodes, the average over the last one is compared with that of the check before, and at
     the first check with the very first training batch. The FAU has settled when they differ by at most the threshold.
-    This is a plateau, not a recovery. An episode without a gradient step has no average, and is not checked.
+    This is a plateau, not a recovery: it also comes at the early minimum, on a slow decline, after a collapse. Episodes
+    without a gradient step are not checked. Shorter ones than the paper's (500 steps) want a larger threshold.
     """
 
     def __init__(self, check_episodes=50, threshold=0.001):
@@ -450,7 +450,7 @@ class PlateauDetector:
         self.switched = False  # stays True
 
     def first_batch(self, share: float) -> None:
-        self.reference = share
+        self.reference = share  # of the very first training batch; without it, the first check only sets it
 
     def end_episode(self, average: float | None) -> float | None:
         """To be called after every whole episode, with the average FAU over its gradient steps, if there were any ->
@@ -496,7 +496,7 @@ def update(agent, optimizers, args, batch: list) -> dict:
     encoder_optimizer, actor_optimizer, critic_optimizer = optimizers
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights cast here are cached without gradients
         next_features, _ = agent.encoder(next_obs)
         next_mean, _ = agent.actor(next_features)
         next_action = truncated_normal(next_mean, std, args.stddev_clip)
@@ -980,7 +980,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 4  # of checkpoint.pt
+    FORMAT = 5  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
@@ -1064,12 +1064,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
-                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
-                self.stopped = None  # also if a signal came before
-                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+        """Stops the run at the first metric that is not a finite number. since: the first step that they cover."""
+        bad = [tag for tag, value in metrics.items() if not math.isfinite(value)]
+        if bad and self.checkpoint != "diverged.pt":
+            self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+            self.stopped = None  # also if a signal came before
+            self.stop(f"error: {bad[0]} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1087,11 +1087,13 @@ class Run:
 
         path = self.dir / "films" / f"{global_step}.mp4"
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
-        with self.disk():
+        try:
             path.parent.mkdir(exist_ok=True)
             clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
             clip.write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
+        except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
+            self.say(f"no film of step {global_step}: {str(error)[:200]}")
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
@@ -1130,7 +1132,8 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+            wait = f"for {self.args.learning_starts} steps"
+            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""

@@ -16,7 +16,7 @@
 # override-dependencies = ["labmaze ; python_version < '3'"]
 # ///
 """DrM: Mastering Visual Reinforcement Learning through Dormant Ratio Minimization (Xu et al., ICLR 2024, arXiv
-2310.19668): the more units of the actor are dormant, the less skilled is the agent. Their share steers exploration,
+2310.19668): the more units of the actor are dormant, the less skilled the agent is. Their share steers exploration,
 perturbation and exploitation.
 
 The dormant ratio beta: of all units of the actor's linear layers, the share with                     -> `dormant_ratio`
@@ -33,7 +33,7 @@ Everything else is DrQ-v2 (Yarats et al. 2022): s are the encoder's features of 
 with clipped noise; critic and encoder learn y; the actor maximizes min_k Q_k(s, pi(s)).                     -> `update`
 
     python drm.py --env-id dm_control/dog-walk-v0                            the paper's setting, 30M frames: for a GPU
-    python drm.py --stddev-type drqv2 --perturb-every 0 --target-lambda 0    DrQ-v2 (adaptive_rr.py's, to the bit)
+    python drm.py --stddev-type drqv2 --perturb-every 0 --target-lambda 0    DrQ-v2, bit for bit adaptive_rr.py's
     SCALE=small bash benchmark/drm/mountain_car.sh                           scaled down: 8 runs, 70 minutes on a CPU
 
 Beta depends on where a unit is measured: see `actor_outputs`. In a new actor it is 0.2 to 0.5, or more
@@ -41,7 +41,7 @@ if frames look alike; a perturbation moves it towards that value, up or down.
 Where the paper (as others report it) and the official code differ, this file follows the code; a flag gives the other:
  a. Only linear layers are perturbed (paper: --perturb-scope all). The encoder has none, yet its Adam starts anew.
  b. A unit at the threshold is not dormant (paper: --no-dormant-strict): a layer of zeros has no dormant units.
- c. The target critic gets new weights of its own, which part it from the critic (paper: --perturb-target same).
+ c. The target critic gets new weights of its own, so that the two differ afterwards (paper: --perturb-target same).
  d. alpha_max is 0.6 to 1, by task (TASKS); other tasks have the paper's 0.9.
 Differences from the official code (XuGW-Kevin/DrM), and the reasons for them:
  1. One ring stores each frame once: 21 GB for 1M steps instead of 64 GB. Batches are drawn from all of it, including
@@ -95,7 +95,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -497,43 +497,43 @@ def actor_outputs(actor, features) -> list:
 
 
 def dormant_ratio(outputs: list, tau: float, strict: bool = True) -> torch.Tensor:
-    """beta of any layers' outputs, [(batch, units)] -> 0-d: the share of units whose mean absolute output is below tau
-    times their layer's mean (strict), or at most that. NaN if an output is not finite."""
+    """beta (Xu et al. 2024) of any layers' outputs, [(batch, units)] -> 0-d: the share of units whose mean absolute
+    output is below tau times their layer's mean (strict), or at most that. NaN if an output is not finite."""
     dormant = []
     for output in outputs:
-        size = output.abs().mean(0, dtype=torch.float32)
-        limit = tau * size.mean()
-        units = (size < limit if strict else size <= limit).float()
-        dormant.append(torch.where(size.isfinite().all(), units, torch.nan))
+        mean = output.abs().mean(0, dtype=torch.float32)
+        limit = tau * mean.mean()
+        units = (mean < limit if strict else mean <= limit).float()
+        dormant.append(torch.where(mean.isfinite().all(), units, torch.nan))
     return torch.cat(dormant).mean()
 
 
 def exploration_std(beta, target: float, temperature: float, lowest) -> torch.Tensor:
-    """sigma, the standard deviation of the exploration noise: a sigmoid of beta, at least `lowest` (0-d)."""
+    """sigma, the exploration noise's standard deviation: max(sigmoid((beta - target) / temperature), lowest). 0-d."""
     return torch.maximum(torch.sigmoid((beta - target) / temperature), lowest)
 
 
 def perturb_factor(beta, rate: float, lowest: float, highest: float) -> torch.Tensor:
-    """alpha, the share of the old weights that a perturbation keeps."""
+    """alpha, the share of the old weights that a perturbation keeps: clip(1 - rate beta, lowest, highest). 0-d."""
     return (1 - rate * beta).clamp(lowest, highest)
 
 
 def exploitation_lambda(beta, target: float, temperature: float, highest: float) -> torch.Tensor:
-    """lambda, the weight of V in the critic's target."""
+    """lambda, the weight of V in the critic's target: highest sigmoid((target - beta) / temperature). 0-d."""
     return highest * torch.sigmoid((target - beta) / temperature)
 
 
 def expectile_loss(value, q, expectile: float) -> torch.Tensor:
     """The mean of w (value - q)^2, w = expectile if value <= q, else 1 - expectile: value (batch,) learns an upper
-    expectile of q (batch,), which gets no gradient."""
+    expectile of q (batch,), which gets no gradient (Kostrikov et al. 2022)."""
     error = value - q.detach()
     return (torch.where(error > 0, 1 - expectile, expectile) * error**2).mean()
 
 
 @torch.no_grad()
 def perturb(network: nn.Module, factor, generator: torch.Generator, kinds=nn.Linear) -> None:
-    """In all layers of these kinds, in place: weights := factor * weights + (1 - factor) * newly drawn ones, from the
-    layer's initial distribution; biases shrink towards 0. factor: a number or 0-d; generator: a CPU generator."""
+    """In all layers of these kinds, in place: weights := factor * weights + (1 - factor) * newly drawn ones, as
+    `initial_weight` draws them; biases shrink towards 0. factor: a number or 0-d; generator: a CPU generator."""
     for layer in [module for module in network.modules() if isinstance(module, kinds)]:
         ones = isinstance(layer, nn.LayerNorm)
         fresh = torch.ones_like(layer.weight) if ones else initial_weight(layer, generator).to(layer.weight)
@@ -555,11 +555,11 @@ def perturb_agent(agent, optimizers, args, generator) -> torch.Tensor:
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm) if args.perturb_scope == "all" else nn.Linear
     networks = [agent.actor, agent.critic, agent.critic_target, agent.encoder, agent.value]
     if args.perturb_scope == "actor":
-        networks, optimizers = [agent.actor], optimizers[1:2]
+        networks, optimizers = [agent.actor], optimizers[1:2]  # the actor's
     before = None
     for network in networks:
         if network is agent.critic_target and args.perturb_target == "same":
-            generator.set_state(before)
+            generator.set_state(before)  # the critic came just before it: the same draws again
         before = generator.get_state()
         perturb(network, factor.nan_to_num(1.0), generator, kinds)
     for optimizer in optimizers:
@@ -608,15 +608,15 @@ def update(agent, optimizers, args, batch: list) -> dict:
 
     # What steers: the dormant ratio of this batch, and whether it awakens the agent
     detached = features.detach()
-    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights cast here are cached without gradients
         beta = dormant_ratio(actor_outputs(agent.actor, detached), args.dormant_tau, args.dormant_strict)
     awake = (beta < args.target_dormant_ratio) & (step > args.exploration_steps)
     agent.dormant_ratio.copy_(beta)
     agent.awaken_step.copy_(torch.where(awake, torch.minimum(agent.awaken_step, step), agent.awaken_step))
     std = noise_std(agent, step, args)
-    share = exploitation_lambda(beta, args.target_dormant_ratio, args.lambda_temperature, args.target_lambda)
+    lam = exploitation_lambda(beta, args.target_dormant_ratio, args.lambda_temperature, args.target_lambda)
     if args.lambda_type == "constant":
-        share = torch.full_like(beta, args.target_lambda)
+        lam = torch.full_like(beta, args.target_lambda)
 
     # The value network learns from the critic as it is
     value_loss = torch.zeros_like(beta)
@@ -636,7 +636,7 @@ def update(agent, optimizers, args, batch: list) -> dict:
         target_q1, target_q2, _ = agent.critic_target(next_features, next_action)
         next_value = torch.minimum(target_q1, target_q2)
         if args.target_lambda:
-            next_value = share * agent.value(next_features) + (1 - share) * next_value
+            next_value = lam * agent.value(next_features) + (1 - lam) * next_value
         target = reward + discount * next_value
     critic_loss = F.mse_loss(q1, target) + F.mse_loss(q2, target)
     encoder_optimizer.zero_grad()
@@ -658,7 +658,7 @@ def update(agent, optimizers, args, batch: list) -> dict:
     return {
         "losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(), "losses/reward": reward.mean(),
         "losses/q_values": q1.detach().mean(), "losses/targets": target.mean(), "losses/value": value_loss.detach(),
-        "drm/dormant_ratio": beta, "drm/stddev": std, "drm/lambda": share,
+        "drm/dormant_ratio": beta, "drm/stddev": std, "drm/lambda": lam,
     }  # fmt: skip
 
 
@@ -1126,7 +1126,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 4  # of checkpoint.pt
+    FORMAT = 5  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
@@ -1210,12 +1210,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
-                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
-                self.stopped = None  # also if a signal came before
-                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+        """Stops the run at the first metric that is not a finite number. since: the first step that they cover."""
+        bad = [tag for tag, value in metrics.items() if not math.isfinite(value)]
+        if bad and self.checkpoint != "diverged.pt":
+            self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+            self.stopped = None  # also if a signal came before
+            self.stop(f"error: {bad[0]} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1233,11 +1233,13 @@ class Run:
 
         path = self.dir / "films" / f"{global_step}.mp4"
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
-        with self.disk():
+        try:
             path.parent.mkdir(exist_ok=True)
             clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
             clip.write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
+        except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
+            self.say(f"no film of step {global_step}: {str(error)[:200]}")
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
@@ -1276,7 +1278,8 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+            wait = f"for {self.args.learning_starts} steps"
+            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""

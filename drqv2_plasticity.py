@@ -90,7 +90,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -449,8 +449,8 @@ class DrQv2Agent(nn.Module):
 
 # === What is measured =================================================================================================
 def fau(activations: list) -> torch.Tensor:
-    """Fraction of active units (Eq. 1): the share of positive elements in a list of outputs of ReLUs (batch, ...). All
-    elements count equally, over units and batch: this is not one minus the dormant ratio. NaN if one is not finite."""
+    """Fraction of active units (Ma et al. 2024): the share of positive elements in a list of outputs of ReLUs (any
+    shapes). Units and batch count alike, so it is not one minus the dormant ratio. NaN if one is not finite."""
     share = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
     finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
     return torch.where(finite, share, torch.nan)
@@ -460,7 +460,7 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent, all NaN when an activation is not finite.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite. (Flatten batch and tokens first.)
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
     average = mean.mean()
@@ -542,12 +542,14 @@ def forget(optimizer, parameter, mask) -> None:
 
 @torch.no_grad()
 def recycle(layers, activations, optimizer, tau, generator) -> list:
-    """ReDo (Algorithm 1) for any network, in place -> each layer's recycled neurons, (neurons,) bool.
+    """ReDo (Sokar et al. 2023, Algorithm 1), any network, in place -> each layer's recycled neurons, (neurons,) bool.
 
     layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
     non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
+    A reader's inputs must be exactly the layer's neurons (maps flattened channel by channel): no concatenation, groups
+    or norm in between. generator: a CPU generator; for weights that are not PyTorch's default see `initial_weight`.
     """
     scores = [dormant_score(activation) for activation in activations]
     finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
@@ -734,7 +736,7 @@ def update(agent, optimizers, args, batch: list) -> dict:
     agent.train(args.spectral_norm != "none")  # power iteration runs only here
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights cast here are cached without gradients
         next_features, _ = agent.encoder(next_obs)
         next_mean, _ = agent.actor(next_features)
         next_action = truncated_normal(next_mean, std, args.stddev_clip)
@@ -854,14 +856,15 @@ def train(args: Args) -> Path:
     penalise(optimizers, args)
     frame_shape = (3, args.image_size, args.image_size)
     replay = PixelReplay(replay_capacity(args), action_dim, buffer_device, args.n_step, args.gamma, frame_shape)
-    batch_rng, act_rng, edit_rng, look_rng = (random_stream(args.seed, i) for i in range(4))
+    batch_rng, act_rng, edit_rng, measure_rng = (random_stream(args.seed, i) for i in range(4))
     learn = partial(update, agent, optimizers, args)
     if args.cudagraphs:
         learn = capture(learn, optimizers)
     if args.compile:
         compile_modules(agent.encoder, agent.actor, agent.critic, agent.critic_target)
 
-    parts = dict(agent=agent, replay=replay, batch_rng=batch_rng, act_rng=act_rng, edit_rng=edit_rng, look_rng=look_rng)
+    parts = dict(agent=agent, replay=replay)
+    parts |= dict(batch_rng=batch_rng, act_rng=act_rng, edit_rng=edit_rng, measure_rng=measure_rng)
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
@@ -949,7 +952,7 @@ def train(args: Args) -> Path:
             metrics |= {"charts/episodic_return": episode_return, "charts/episodic_length": steps}
             run.bar.set_postfix(episodic_return=f"{episode_return:g}", refresh=False)
         if updates and global_step // args.plasticity_every > start_step // args.plasticity_every:
-            obs, action, *_ = (x.to(device) for x in replay.sample(args.plasticity_batch_size, look_rng))
+            obs, action, *_ = (x.to(device) for x in replay.sample(args.plasticity_batch_size, measure_rng))
             metrics |= measure_modules(agent, obs, action)
         run.log(global_step, metrics)
 
@@ -1256,7 +1259,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 4  # of checkpoint.pt
+    FORMAT = 5  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
@@ -1340,12 +1343,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
-                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
-                self.stopped = None  # also if a signal came before
-                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+        """Stops the run at the first metric that is not a finite number. since: the first step that they cover."""
+        bad = [tag for tag, value in metrics.items() if not math.isfinite(value)]
+        if bad and self.checkpoint != "diverged.pt":
+            self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+            self.stopped = None  # also if a signal came before
+            self.stop(f"error: {bad[0]} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1363,11 +1366,13 @@ class Run:
 
         path = self.dir / "films" / f"{global_step}.mp4"
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
-        with self.disk():
+        try:
             path.parent.mkdir(exist_ok=True)
             clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
             clip.write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
+        except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
+            self.say(f"no film of step {global_step}: {str(error)[:200]}")
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
@@ -1406,7 +1411,8 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+            wait = f"for {self.args.learning_starts} steps"
+            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""

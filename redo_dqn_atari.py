@@ -20,25 +20,24 @@ Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):    
 A neuron is tau-dormant if s_i <= tau (Definition 3.1). One feature map of a convolution is one neuron.
 ReDo (Algorithm 1), every 1000 gradient steps:                                                              -> `recycle`
     for every tau-dormant neuron: re-draw its incoming weights from the initial distribution, zero its outgoing weights
-The recycled neuron starts anew, and at tau = 0 the network's output does not change at all.
+The recycled neuron starts anew, and at tau = 0 the network's outputs on D do not change.
 The agent is DQN: act epsilon-greedily; every 4 steps do 4 x replay ratio gradient steps on       -> `train`, `update`
     Huber( q(o_t, a_t),  r_{t+1} + gamma max_a' q_target(o_{t+1}, a') )
 
     SCALE=small bash benchmark/redo_dqn_atari/cpu.sh    DQN and ReDo for 100,000 steps on two CPU cores, 90 minutes:
                                                         ReDo leaves hardly a neuron dormant; returns show no difference
     python redo_dqn_atari.py                            ReDo at replay ratio 0.25, 10M steps: for a GPU, not run yet
-    SCALE=paper bash benchmark/redo_dqn_atari/fig1_headline.sh    Fig. 1 (paper, IQM over 17 games at replay ratio 1 and
-                                                        10M frames: DQN 0.30, ReDo 0.625); others: see README.md
+    SCALE=paper bash benchmark/redo_dqn_atari/fig1_headline.sh    Fig. 1 (paper: interquartile mean of 17 games, replay
+                                                        ratio 1, 10M frames: DQN 0.30, ReDo 0.625); others: README.md
 
 Differences from the official code (google/dopamine, labs/redo), and the reasons for them:
- 1. The outgoing weights of a recycled feature map in the dense layer are the right ones. Officially, the mask is laid
-    out channel by channel but the features position by position, so almost only other weights are zeroed.
+ 1. In the dense layer, the weights that read a recycled feature map are zeroed. Officially, the mask is laid out
+    channel by channel but the features position by position, so almost only other weights are.
  2. In the ResNet, the second block's first convolution is read by its own second one, not by the next stack's.
  3. A layer is re-drawn from the distribution that it was initialised from, the ResNet's inner convolutions included.
- 4. Recycling and resets count real gradient steps, looks at the dormant neurons count steps; officially, a counter of
-    gradient steps that also runs during the warm-up is for all. So no evaluation (every 250,000 steps) falls on a
-    reset, as every second one does officially; but at replay ratio 1 they come 30,000 and 80,000 gradient steps after
-    one by turns, so the reset baseline's curve still zigzags.
+ 4. Recycling and resets are timed by gradient steps that were taken, measurements by steps; officially, one counter of
+    gradient steps that also runs during the warm-up times all, and every second evaluation falls on a reset. Here, at
+    replay ratio 1, evaluations come 30,000 and 80,000 gradient steps after one in turn: the baseline's curve zigzags.
  5. The published configuration recycles nothing; the defaults here are the paper's: every 1000 gradient steps, a batch
     of 64, tau 0.1 (0.025 at replay ratio 0.25).
  6. The emulator plays a step while the network learns: the action is chosen before the burst of updates, not after,
@@ -52,7 +51,7 @@ Differences from the official code (google/dopamine, labs/redo), and the reasons
 11. Episodes end after 108,000 frames, as in the paper; in today's Dopamine after 100,000.
 Kept as in the official code: both Adam moments of recycled weights are zeroed while the step count goes on, so their
 first updates are too large, up to 6.6 times (studies/redo_variants.py has cleaner ways); biases of recycled neurons
-become 0, with their moments kept; the target network is not recycled.
+become 0, with their moments kept; the target network is not recycled; resets re-draw dense layer and head alike.
 With --protocol cleanrl (CleanRL's dqn_atari.py), FIRE is pressed for one frame when an episode begins (there 2 x 4
 frames), and for one stored step after a lost life; in games without FIRE that step is a no-op (there neither is
 stored); frame stacks begin with zeros and are not cut at a lost life.
@@ -98,7 +97,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -121,7 +120,7 @@ class Args(RunArgs):
     eval_every: Count = 250_000  # steps between evaluations, at the next end of an episode; one more at the end
 
     # Environment
-    protocol: Literal["dopamine", "cleanrl"] = "dopamine"  # whose defaults; dopamine acts randomly until it learns
+    protocol: Literal["dopamine", "cleanrl"] = "dopamine"  # defaults; dopamine: random actions until it learns
     sticky_actions: Share = 0.25  # probability, each frame, that the emulator repeats the previous action
     terminal_on_life_loss: bool = False  # a lost life ends the episode for the learner (the game goes on)
     noop_max: Annotated[int, (0, 27_000)] = 0  # an episode starts with 1 to this many no-op frames; 0: with none
@@ -136,7 +135,7 @@ class Args(RunArgs):
     n_step: Count = 1  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
     learning_rate: NonNegative = 6.25e-5  # Adam's
-    adam_eps: NonNegative = 1.5e-4  # Adam's epsilon
+    adam_eps: Annotated[float, (1e-12, 1)] = 1.5e-4  # Adam's epsilon
     weight_decay: NonNegative = 0.0  # times the weights, added to the gradient before Adam (the paper's best: 1e-5)
     loss: Literal["huber", "mse"] = "huber"  # of the temporal-difference error
     target_network_frequency: Count = 8000  # steps between copies to the target network
@@ -152,7 +151,7 @@ class Args(RunArgs):
 
     # Dormant neurons
     method: Literal["redo", "dqn", "reset"] = "redo"  # what is done to the network while it learns
-    redo_tau: NonNegative = 0.025  # recycle neurons with a score of at most this; default 0.1 at other replay ratios
+    redo_tau: NonNegative = 0.025  # recycle neurons with a score of at most this; 0.1 unless --replay-ratio is 0.25
     redo_period_gradient_steps: Count = 1000  # gradient steps between recycling
     redo_batch_size: Count = 64  # states that the scores are taken over for recycling
     redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # from here on nothing is recycled or reset
@@ -162,7 +161,7 @@ class Args(RunArgs):
     eval_steps: Count = 125_000  # steps of an evaluation; every game that was begun is finished
     eval_envs: Annotated[int, (1, 1024)] = 8  # games side by side in an evaluation
     eval_epsilon: Share = 0.001  # probability of a random action in evaluations
-    dormant_every: Count = 20_000  # steps between looks at the dormant neurons
+    dormant_every: Count = 20_000  # steps between measurements of dormant neurons
     dormant_batch_size: Count = 256  # states that the logged scores are taken over
     rank_batch_size: Count = 2048  # states for the feature rank, at least twice --dormant-batch-size
     log_every: Count = 1000  # steps between logs of losses
@@ -297,7 +296,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n, a smaller power where the episode ended earlier, 0 where it terminated.
+        discount is gamma^n, a smaller power where it was truncated before, 0 where it terminated.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -354,7 +353,7 @@ class QNetwork(nn.Module):
     """What both networks share: layers by name, and which one reads which (for recycling).
 
     forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
-    `reader[a] = b`: neurons of layer a are read by layer b alone, so they can be recycled.
+    `reader[a] = b`: neurons of layer a are read by layer b alone; these are recycled. All activations are scored.
     """
 
     def __init__(self, args):
@@ -475,7 +474,7 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent, all NaN when an activation is not finite.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite. (Flatten batch and tokens first.)
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
     average = mean.mean()
@@ -503,14 +502,14 @@ def feature_rank(features: torch.Tensor, delta: float = 0.01) -> torch.Tensor:
 
 
 class DormantHistory:
-    """The dormant neurons of the previous look, of the first one (anchor), and of any look so far (union), as
-    {layer: mask (neurons,) bool}."""
+    """The dormant neurons of the previous measurement, of the first (anchor), and of any so far (union), as
+    {layer: mask (neurons,) bool}. The paper's Fig. 5 does not say which of them it uses."""
 
     def __init__(self):
         self.previous = self.anchor = self.union = None
 
     def overlaps(self, masks: dict) -> dict:
-        """This look's masks -> their overlaps with the earlier ones (Fig. 5). From now on they are earlier ones."""
+        """New masks -> their overlaps with the earlier ones (Fig. 5). From now on they are earlier ones."""
         metrics = {}
         for kind, earlier in vars(self).items():
             for name in earlier or {}:
@@ -561,12 +560,14 @@ def forget(optimizer, parameter, mask) -> None:
 
 @torch.no_grad()
 def recycle(layers, activations, optimizer, tau, generator) -> list:
-    """ReDo (Algorithm 1) for any network, in place -> each layer's recycled neurons, (neurons,) bool.
+    """ReDo (Sokar et al. 2023, Algorithm 1), any network, in place -> each layer's recycled neurons, (neurons,) bool.
 
     layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
     non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
+    A reader's inputs must be exactly the layer's neurons (maps flattened channel by channel): no concatenation, groups
+    or norm in between. generator: a CPU generator; for weights that are not PyTorch's default see `initial_weight`.
     """
     scores = [dormant_score(activation) for activation in activations]
     finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
@@ -637,7 +638,7 @@ def update(agent, optimizer, args, batch: tuple) -> dict:
     obs, action, reward, discount, next_obs = batch
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights cast here are cached without gradients
         next_q, _ = agent.target_network(next_obs)
         target = reward + discount * next_q.max(1).values
     with autocast():
@@ -728,10 +729,7 @@ def train(args: Args) -> Path:
     q_network, optimizer = agent.q_network, make_optimizer(agent, args, device)
     replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
     history = DormantHistory()
-    batch_rng = random_stream(args.seed, 0)
-    redo_rng = random_stream(args.seed, 1)
-    look_rng = random_stream(args.seed, 2)
-    act_rng = random_stream(args.seed, 4)
+    batch_rng, redo_rng, measure_rng, act_rng = (random_stream(args.seed, i) for i in (0, 1, 2, 4))
     learn = partial(update, agent, optimizer, args)
     if args.cudagraphs:
         learn = capture(learn, [optimizer])
@@ -739,7 +737,7 @@ def train(args: Args) -> Path:
         compile_modules(agent.q_network, agent.target_network)
 
     parts = dict(agent=agent, optimizer=optimizer, replay=replay, history=history)
-    parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, look_rng=look_rng, act_rng=act_rng)
+    parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, measure_rng=measure_rng, act_rng=act_rng)
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
@@ -808,9 +806,9 @@ def train(args: Args) -> Path:
                     "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": run.walltime(),
                 })  # fmt: skip
             if global_step >= learning_from and global_step % args.dormant_every == 0:
-                states = replay.sample(args.rank_batch_size, look_rng)[0].to(device)
-                looked = measure_plasticity(q_network, states, history, args)
-                run.log(global_step, {tag: v for tag, v in looked.items() if "overlap" not in tag or v.isfinite()})
+                states = replay.sample(args.rank_batch_size, measure_rng)[0].to(device)
+                measured = measure_plasticity(q_network, states, history, args)
+                run.log(global_step, {tag: v for tag, v in measured.items() if "overlap" not in tag or v.isfinite()})
 
         # After the episode
         episode += 1
@@ -847,6 +845,7 @@ def check_args(args: Args) -> tuple:
     for name in ("redo_tau", "redo_batch_size"):  # the two periods may be given to every method of a sweep
         if args.method != "redo" and getattr(args, name) != getattr(defaults, name):
             refuse(name, getattr(args, name), "does nothing without --method redo")
+    period = dict(redo=args.redo_period_gradient_steps, reset=args.reset_period_gradient_steps).get(args.method, 0)
     for name, fine, limit in (
         ("env_id", args.env_id.startswith("ALE/"), "is no game of the Arcade Learning Environment (ALE/<Game>-v5)"),
         ("replay_ratio", args.replay_ratio * UPDATE_PERIOD % 1 == 0, f"must be a multiple of {1 / UPDATE_PERIOD}"),
@@ -856,8 +855,10 @@ def check_args(args: Args) -> tuple:
         ("buffer_size", args.buffer_size >= 2 * (args.n_step + 4), f"is too small for --n-step {args.n_step}"),
         ("learning_starts", args.n_step <= args.learning_starts <= args.buffer_size, "must lie between --n-step and "
          "--buffer-size"),
-        ("redo_end_gradient_steps", args.method != "redo" or (args.redo_end_gradient_steps or math.inf)
-         > args.redo_period_gradient_steps, "is before the first period has ended"),
+        ("redo_end_gradient_steps", (args.redo_end_gradient_steps or math.inf) > period, "is before the first period "
+         "has ended"),
+        (f"{args.method}_period_gradient_steps", period >= args.replay_ratio * UPDATE_PERIOD or args.method == "dqn",
+         "is shorter than a burst of gradient steps"),
         ("redo_end_gradient_steps", args.method != "dqn" or args.redo_end_gradient_steps is None,
          "does nothing with --method dqn"),
     ):  # fmt: skip
@@ -1035,7 +1036,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 4  # of checkpoint.pt
+    FORMAT = 5  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
@@ -1119,12 +1120,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
-                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
-                self.stopped = None  # also if a signal came before
-                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+        """Stops the run at the first metric that is not a finite number. since: the first step that they cover."""
+        bad = [tag for tag, value in metrics.items() if not math.isfinite(value)]
+        if bad and self.checkpoint != "diverged.pt":
+            self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+            self.stopped = None  # also if a signal came before
+            self.stop(f"error: {bad[0]} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1142,11 +1143,13 @@ class Run:
 
         path = self.dir / "films" / f"{global_step}.mp4"
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
-        with self.disk():
+        try:
             path.parent.mkdir(exist_ok=True)
             clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
             clip.write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
+        except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
+            self.say(f"no film of step {global_step}: {str(error)[:200]}")
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
@@ -1185,7 +1188,8 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+            wait = f"for {self.args.learning_starts} steps"
+            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""

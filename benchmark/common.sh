@@ -8,12 +8,11 @@
 # On a cluster: benchmark/slurm.sh. What the sweeps of one script share is in its folder's runs.sh.
 set -euo pipefail
 sweep_file=$(realpath "$0")
-name=$(basename "$(dirname "$sweep_file")")_$(basename "$sweep_file" .sh) # <script>_<sweep>
+name=${sweep_name:-$(basename "$(dirname "$sweep_file")")_$(basename "$sweep_file" .sh)} # <script>_<sweep>, unless it is set
 [[ ${OUT:-/} = /* ]] || OUT=$PWD/$OUT
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-smoke} WORKERS=${WORKERS:-1} EXTRA=${EXTRA:-} OUT=${OUT:-runs/figures} DRY_RUN=""
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
-export PYTHONPATH="$PWD/benchmark${PYTHONPATH:+:$PYTHONPATH}" # for shadowless.py
 for argument in "$@"; do
   [ "$argument" = --dry-run ] || { echo "$name: error: unknown argument $argument (only --dry-run is known)" >&2; exit 2; }
   DRY_RUN=1
@@ -101,6 +100,12 @@ sweep() { # sweep SCRIPT NAME "ENV_IDS" "SEEDS" [flags ...] < variants, one a li
       for seed in $seeds; do run "$script" "$env" "$exp-$SCALE-$suffix" "$seed" "$@" $variant; done
     done
   done
+}
+
+run_folder() { # run_folder ENV_ID EXP_NAME SEED: its finished folder, else the newest, else a pattern of it
+  local dir found=runs/"${1//\//-}__${2}__${3}__*/"
+  for dir in $found; do [ ! -d "$dir" ] || [ -e "${found}summary.json" ] || found=$dir; done
+  echo "$found"
 }
 
 draw() { # draw SCRIPT [arguments ...]: waits for the runs, then makes the figure and its CSV, $OUT/<name>_<scale>

@@ -41,10 +41,16 @@ METHODS = ("augmentation", "drm", "redo", "redo-rr1", "new", "adaptive")
 
 def colours(arms) -> dict:
     """A colour for every arm: the baseline blue, the paper's method orange, the other ones the rest. Where nothing is
-    without augmentation, augmentation alone is the baseline."""
+    without augmentation, augmentation alone is the baseline; beside Adaptive RR, ReDo is one of the rest."""
     rest = (f"C{i}" for i in itertools.count(2))
     baselines = BASELINES if "plain" in arms else (*BASELINES, "augmentation")
-    return {arm: "C0" if arm in baselines else "C1" if arm in METHODS else next(rest) for arm in arms}
+    methods = ("adaptive",) if "adaptive" in arms else METHODS
+    return {arm: "C0" if arm in baselines else "C1" if arm in methods else next(rest) for arm in arms}
+
+
+def arm(run) -> str:
+    """The end of an --exp-name: redo_fig1-paper-weight-decay -> weight-decay."""
+    return run.args["exp_name"].split("-", 2)[-1]
 
 
 @dataclass
@@ -63,8 +69,8 @@ class Run:
         return steps * self.action_repeat, np.array([points[step] for step in steps])
 
 
-def load_runs(pattern: str, folder: str = "runs") -> list:
-    """All runs whose --exp-name matches the shell pattern, sorted by environment, name and seed.
+def load_runs(*patterns: str, folder: str = "runs") -> list:
+    """All runs whose --exp-name matches one of the shell patterns, sorted by environment, name and seed.
 
     SystemExit where there is none. A run that is not finished counts too, as far as it got. Of several folders with one
     environment, name and seed the newest finished one counts, as sweeps have it, or else the newest.
@@ -72,13 +78,13 @@ def load_runs(pattern: str, folder: str = "runs") -> list:
     found = {}
     for path in sorted(Path(folder).glob("*/args.json")):
         description = json.loads(path.read_text())
-        if fnmatch(description["args"]["exp_name"], pattern):
+        if any(fnmatch(description["args"]["exp_name"], pattern) for pattern in patterns):
             key = tuple(description["args"].get(name, "") for name in ("env_id", "exp_name", "seed"))  # studies: no env
             finished = (path.parent / "summary.json").exists()
             if finished or not found.get(key, (False,))[0]:
                 found[key] = finished, path.parent, description
     if not found:
-        raise SystemExit(f"error: no run under {folder}/ has an --exp-name that matches {pattern}")
+        raise SystemExit(f"error: no run under {folder}/ has an --exp-name that matches {' or '.join(patterns)}")
     unfinished = sum(not finished for finished, *_ in found.values())
     if unfinished:
         print(f"{unfinished} of {len(found)} runs are not finished: what averages runs ends where the shortest does")
@@ -136,7 +142,7 @@ def asked(description: str) -> tuple:
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     arguments = parser.parse_args()
-    return load_runs(arguments.runs, arguments.folder), arguments.out
+    return load_runs(arguments.runs, folder=arguments.folder), arguments.out
 
 
 def group(runs: list, key) -> dict:
@@ -176,6 +182,12 @@ def aligned_tasks(runs: list, tag: str) -> tuple:
     return grid, {
         task: np.stack([np.interp(grid, steps, line) for line in values]) for task, (steps, values) in tasks.items()
     }
+
+
+def seeds_of(games: list) -> int | str:
+    """For a CSV: games, a list of (seeds, points) -> how many seeds they have, as 3 or 3-5."""
+    counts = sorted({len(game) for game in games})
+    return counts[0] if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
 
 
 def seeds_text(groups, tag: str | None = None) -> str:

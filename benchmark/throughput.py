@@ -182,7 +182,7 @@ def measure_pixels(env_id, options) -> dict:
 
 
 # Whole runs, mostly of learning, with the paper's networks, batches and replay ratio (crl_deep: the laptop's point
-# mass): module, steps per unit of --work, steps before learning, flags
+# mass): module, steps per unit of --work, steps at least, flags
 NEVER = "1000000000"
 PIXEL_RUN = f"""--env-id dm_control/quadruped-run-v0 --learning-starts 300 --exploration-steps 300 --batch-size 256
     --buffer-size 5000 --eval-every {NEVER} --eval-episodes 1 --checkpoint-replay never"""

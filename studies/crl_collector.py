@@ -17,7 +17,7 @@ from the same data? One agent, the collector, acts; two others, a deep and a sha
 never act. All three are the contrastive agents of crl_deep.py, and learn from the same batches:
     f(s, a, g) = -||phi(s, a) - psi(g)||_2
     L_critic = -mean_i [ f_ii - log sum_j exp f_ij ] + 0.1 mean_i (log sum_j exp f_ij)^2       -> `contrastive_loss`
-    L_actor = mean [ alpha log pi(a|s,g) - f(s, a, g) ],   L_alpha = alpha mean [ -log pi(a|s,g) - H_target ]
+    L_actor = mean [ alpha log pi(a|s,g) - f(s, a, g) ],   L_alpha = alpha mean [ -log pi(a|s,g) + 0.5 |A| ]
 A training step: the collector takes 62 steps in each of 512 environments, then each of the three takes 800 gradient
 steps, with the same pairs and goals                                                                        -> `train`
 The paper: behind a deep collector (depth 32) the deep learner is far better than the shallow one (depth 4); behind a
@@ -71,7 +71,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -146,8 +146,9 @@ LOG_STD_MIN, LOG_STD_MAX = -5, 2
 
 
 # === Environments: a point mass, an ant or a humanoid, on an open floor or in a maze, simulated by MuJoCo =============
-# 1 wall, 0 floor, R start; the goals are g h G E in training, G E (for the humanoid h, too) in <maze>_eval, the far
-# ones, and E in <maze>_single_eval. Rows run along x, columns along y; a cell's centre is (row, column)
+# (To understand the algorithm, go on at "Replay".)
+# 1 wall, 0 floor, R start. The goals in training: g h G E; in <maze>_eval, the far ones: G E, for the humanoid h, too;
+# in <maze>_single_eval: E. Rows run along x, columns along y; a cell's centre is (row, column)
 # times the cell's size. A maze whose name begins with u is a corridor without forks.
 MAZES = {
     "room": "1111111 1ggggg1 1ggggg1 1ggRgg1 1ggggg1 1ggggg1 1111111",
@@ -613,22 +614,23 @@ def contrastive_loss(phi, psi, logsumexp_coef, direction="forward") -> tuple:
     """InfoNCE over all pairs of a batch: row i's positive is goal i, its negatives are all the other goals.
 
     phi, psi (batch, repr_dim) -> loss (scalar), metrics. f_ij = -||phi_i - psi_j||_2;
-    loss = -mean_i [f_ii - logsumexp_j f_ij] + logsumexp_coef mean_i (logsumexp_j (f_ij + 1e-6))^2.
+    loss = -mean_i [f_ii - logsumexp_j f_ij] + logsumexp_coef mean_i (logsumexp_j (f_ij + 1e-6))^2. direction: forward
+    classifies goals, as here; backward state-action pairs; symmetric both.
     """
-    # On a GPU float64 costs next to nothing and keeps the products out of TensorFloat-32: too few digits for distances.
+    # On a GPU float64 keeps these small products out of TensorFloat-32, which has too few digits for distances
     dtype = torch.float64 if phi.is_cuda else torch.float32
     energy = -PairwiseDistance.apply(phi.to(dtype), psi.to(dtype)).float()  # f_ij
-    positive, row = energy.diagonal(), energy.logsumexp(1)
+    positive, logsumexp = energy.diagonal(), energy.logsumexp(1)
     if direction == "forward":
-        nce = (row - positive).mean()
+        nce = (logsumexp - positive).mean()
     elif direction == "backward":
         nce = (energy.logsumexp(0) - positive).mean()
     else:  # symmetric
-        nce = (row + energy.logsumexp(0) - 2 * positive).mean()
-    loss = nce + logsumexp_coef * (row + 1e-6).square().mean()
+        nce = (logsumexp + energy.logsumexp(0) - 2 * positive).mean()
+    loss = nce + logsumexp_coef * (logsumexp + 1e-6).square().mean()  # 1e-6: as in the official code
     n = len(energy)
     metrics = {
-        "losses/critic": loss, "losses/nce": nce, "losses/logsumexp": row.mean(),
+        "losses/critic": loss, "losses/nce": nce, "losses/logsumexp": logsumexp.mean(),
         "contrastive/categorical_accuracy": (energy.argmax(1) == torch.arange(n, device=energy.device)).float().mean(),
         "contrastive/logits_pos": positive.mean(),
         "contrastive/logits_neg": (energy.sum() - positive.sum()) / max(n * (n - 1), 1),
@@ -1065,7 +1067,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 4  # of checkpoint.pt
+    FORMAT = 5  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
@@ -1149,12 +1151,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
-                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
-                self.stopped = None  # also if a signal came before
-                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+        """Stops the run at the first metric that is not a finite number. since: the first step that they cover."""
+        bad = [tag for tag, value in metrics.items() if not math.isfinite(value)]
+        if bad and self.checkpoint != "diverged.pt":
+            self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+            self.stopped = None  # also if a signal came before
+            self.stop(f"error: {bad[0]} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1172,11 +1174,13 @@ class Run:
 
         path = self.dir / "films" / f"{global_step}.mp4"
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
-        with self.disk():
+        try:
             path.parent.mkdir(exist_ok=True)
             clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
             clip.write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
+        except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
+            self.say(f"no film of step {global_step}: {str(error)[:200]}")
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
@@ -1215,7 +1219,8 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+            wait = f"for {self.args.learning_starts} steps"
+            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""

@@ -75,7 +75,7 @@ class Args:
 
     # evaluation, the same starts, goals and held-out paths for every seed
     eval_every: Count = 2000  # gradient steps between evaluations; one more at the end
-    eval_episodes: Annotated[int, (4, 10**5)] = 128  # pairs of start and goal
+    eval_episodes: Annotated[int, (32, 10**5)] = 128  # pairs of start and goal
     eval_steps: Count = 150  # steps that the policy has for each
 
 

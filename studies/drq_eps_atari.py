@@ -89,7 +89,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -125,7 +125,7 @@ class Args(RunArgs):
     n_step: Count = 10  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
     learning_rate: NonNegative = 1e-4  # Adam's
-    adam_eps: NonNegative = 1.5e-4  # Adam's epsilon
+    adam_eps: Annotated[float, (1e-12, 1)] = 1.5e-4  # Adam's epsilon
     exploration_steps: Count = 5000  # length in steps of the linear decay of the exploration, from 1 to end_e
     end_e: Share = 0.01  # probability of a random action after the decay
     shift_pad: Annotated[int, (0, 40)] = 4  # images are moved by up to this many pixels
@@ -151,7 +151,7 @@ class Args(RunArgs):
     eval_episodes: Count = 100  # games of an evaluation
     eval_envs: Annotated[int, (1, 1024)] = 10  # games side by side in an evaluation
     eval_epsilon: Share = 0.001  # probability of a random action in evaluations
-    dormant_every: Count = 5000  # steps between looks at the dormant neurons
+    dormant_every: Count = 5000  # steps between measurements of dormant neurons
     dormant_batch_size: Count = 256  # states that the logged scores are taken over
     log_every: Count = 1000  # steps between logs of losses
 
@@ -260,7 +260,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n, a smaller power where the episode ended earlier, 0 where it terminated.
+        discount is gamma^n, a smaller power where it was truncated before, 0 where it terminated.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -311,7 +311,7 @@ class QNetwork(nn.Module):
     """What both networks share: layers by name, and which one reads which (for recycling).
 
     forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
-    `reader[a] = b`: neurons of layer a are read by layer b alone, so they can be recycled.
+    `reader[a] = b`: neurons of layer a are read by layer b alone; these are recycled. All activations are scored.
     """
 
     def __init__(self, args):
@@ -416,7 +416,7 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent, all NaN when an activation is not finite.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite. (Flatten batch and tokens first.)
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
     average = mean.mean()
@@ -450,12 +450,14 @@ def forget(optimizer, parameter, mask) -> None:
 
 @torch.no_grad()
 def recycle(layers, activations, optimizer, tau, generator) -> list:
-    """ReDo (Algorithm 1) for any network, in place -> each layer's recycled neurons, (neurons,) bool.
+    """ReDo (Sokar et al. 2023, Algorithm 1), any network, in place -> each layer's recycled neurons, (neurons,) bool.
 
     layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
     non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
+    A reader's inputs must be exactly the layer's neurons (maps flattened channel by channel): no concatenation, groups
+    or norm in between. generator: a CPU generator; for weights that are not PyTorch's default see `initial_weight`.
     """
     scores = [dormant_score(activation) for activation in activations]
     finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
@@ -493,19 +495,20 @@ def recycle_dormant(q_network, optimizer, replay, gradient_steps: int, args, gen
 
 # === Adaptive replay ratio (Ma et al., Section 6) =====================================================================
 def fau(activations: list) -> torch.Tensor:
-    """Fraction of active units (Eq. 1): the share of positive elements in a list of outputs of ReLUs (batch, ...). All
-    elements count equally, over units and batch: this is not one minus the dormant ratio. NaN if one is not finite."""
+    """Fraction of active units (Ma et al. 2024): the share of positive elements in a list of outputs of ReLUs (any
+    shapes). Units and batch count alike, so it is not one minus the dormant ratio. NaN if one is not finite."""
     share = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
     finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
     return torch.where(finite, share, torch.nan)
 
 
 class PlateauDetector:
-    """Detects when the critic's fraction of active units (FAU) has settled (Section 6, as in the official code).
+    """Detects when the critic's fraction of active units (FAU) has settled (Ma et al. 2024, Section 6).
 
     Every check_episodes whole episodes, the average over the last one is compared with that of the check before, and at
     the first check with the very first training batch. The FAU has settled when they differ by at most the threshold.
-    This is a plateau, not a recovery. An episode without a gradient step has no average, and is not checked.
+    This is a plateau, not a recovery: it also comes at the early minimum, on a slow decline, after a collapse. Episodes
+    without a gradient step are not checked. Shorter ones than the paper's (500 steps) want a larger threshold.
     """
 
     def __init__(self, check_episodes=50, threshold=0.001):
@@ -516,7 +519,7 @@ class PlateauDetector:
         self.switched = False  # stays True
 
     def first_batch(self, share: float) -> None:
-        self.reference = share
+        self.reference = share  # of the very first training batch; without it, the first check only sets it
 
     def end_episode(self, average: float | None) -> float | None:
         """To be called after every whole episode, with the average FAU over its gradient steps, if there were any ->
@@ -592,7 +595,7 @@ def update(agent, optimizer, args, batch: tuple) -> dict:
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
     obs, next_obs = augment(obs, args), augment(next_obs, args)
-    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights cast here are cached without gradients
         best = agent.q_network(next_obs)[0].argmax(1, keepdim=True)
         target = reward + discount * agent.target_network(next_obs)[0].gather(1, best)[:, 0]
     with autocast():
@@ -681,7 +684,7 @@ def train(args: Args) -> Path:
     replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
     detector = PlateauDetector(check_episodes=1, threshold=args.rr_threshold)  # its "episode" is an interval
     interval_fau = Mean()
-    batch_rng, redo_rng, look_rng, act_rng = (random_stream(args.seed, i) for i in (0, 1, 2, 4))
+    batch_rng, redo_rng, measure_rng, act_rng = (random_stream(args.seed, i) for i in (0, 1, 2, 4))
     learn = partial(update, agent, optimizer, args)
     if args.cudagraphs:
         learn = capture(learn, [optimizer])
@@ -689,7 +692,7 @@ def train(args: Args) -> Path:
         compile_modules(agent.q_network, agent.target_network)
 
     parts = dict(agent=agent, optimizer=optimizer, replay=replay, detector=detector, interval_fau=interval_fau)
-    parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, look_rng=look_rng, act_rng=act_rng)
+    parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, measure_rng=measure_rng, act_rng=act_rng)
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
@@ -763,7 +766,7 @@ def train(args: Args) -> Path:
                     "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": run.walltime(),
                 })  # fmt: skip
             if global_step >= learning_from and global_step % args.dormant_every == 0:
-                states = replay.sample(args.dormant_batch_size, look_rng)[0].to(device)
+                states = replay.sample(args.dormant_batch_size, measure_rng)[0].to(device)
                 run.log(global_step, dormant_ratios(q_network, states))
 
         # After the episode
@@ -798,11 +801,8 @@ def check_args(args: Args) -> tuple:
     }
     devices = check_devices(args, needed)
     default = Args()
-    for method, names in (
-        (
-            "redo",
-            ["redo_tau", "redo_batch_size", "redo_end_gradient_steps"],
-        ),  # the period may be given to every method of a sweep
+    for method, names in (  # the period may be given to every method of a sweep
+        ("redo", ["redo_tau", "redo_batch_size", "redo_end_gradient_steps"]),
         ("adaptive", ["rr_low", "rr_high", "rr_threshold"]),
     ):
         for name in names:
@@ -816,6 +816,8 @@ def check_args(args: Args) -> tuple:
          "leaves no gradient step after --learning-starts"),
         ("redo_end_gradient_steps", (args.redo_end_gradient_steps or math.inf) > args.redo_period_gradient_steps,
          "is before the first period has ended"),
+        ("redo_period_gradient_steps", args.redo_period_gradient_steps >= args.replay_ratio or args.method != "redo",
+         "is shorter than a burst of gradient steps"),
         ("rr_high", args.rr_high > args.rr_low, "must be more than --rr-low"),
         ("rr_check_every", args.method != "adaptive" or 2 * args.rr_check_every < args.total_timesteps
          - args.learning_starts, "leaves no two intervals to compare"),
@@ -997,7 +999,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 4  # of checkpoint.pt
+    FORMAT = 5  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
@@ -1081,12 +1083,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
-                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
-                self.stopped = None  # also if a signal came before
-                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+        """Stops the run at the first metric that is not a finite number. since: the first step that they cover."""
+        bad = [tag for tag, value in metrics.items() if not math.isfinite(value)]
+        if bad and self.checkpoint != "diverged.pt":
+            self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+            self.stopped = None  # also if a signal came before
+            self.stop(f"error: {bad[0]} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1104,11 +1106,13 @@ class Run:
 
         path = self.dir / "films" / f"{global_step}.mp4"
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
-        with self.disk():
+        try:
             path.parent.mkdir(exist_ok=True)
             clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
             clip.write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
+        except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
+            self.say(f"no film of step {global_step}: {str(error)[:200]}")
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
@@ -1147,7 +1151,8 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+            wait = f"for {self.args.learning_starts} steps"
+            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""

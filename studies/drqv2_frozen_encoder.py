@@ -88,7 +88,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -482,8 +482,8 @@ class FrozenEncoderAgent(nn.Module):
 
 # === What is measured =================================================================================================
 def fau(activations: list) -> torch.Tensor:
-    """Fraction of active units (Eq. 1): the share of positive elements in a list of outputs of ReLUs (batch, ...). All
-    elements count equally, over units and batch: this is not one minus the dormant ratio. NaN if one is not finite."""
+    """Fraction of active units (Ma et al. 2024): the share of positive elements in a list of outputs of ReLUs (any
+    shapes). Units and batch count alike, so it is not one minus the dormant ratio. NaN if one is not finite."""
     share = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
     finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
     return torch.where(finite, share, torch.nan)
@@ -511,7 +511,7 @@ def update(agent, optimizers, args, batch: list) -> dict:
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
     agent.encoder.resnet.train(args.batch_norm == "batch")  # it always acts with the stored ones
-    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights cast here are cached without gradients
         next_features = agent.encoder(next_obs)
         next_mean, _ = agent.actor(next_features)
         next_action = truncated_normal(next_mean, std, args.stddev_clip)
@@ -984,7 +984,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 4  # of checkpoint.pt
+    FORMAT = 5  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
@@ -1068,12 +1068,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
-                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
-                self.stopped = None  # also if a signal came before
-                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+        """Stops the run at the first metric that is not a finite number. since: the first step that they cover."""
+        bad = [tag for tag, value in metrics.items() if not math.isfinite(value)]
+        if bad and self.checkpoint != "diverged.pt":
+            self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+            self.stopped = None  # also if a signal came before
+            self.stop(f"error: {bad[0]} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1091,11 +1091,13 @@ class Run:
 
         path = self.dir / "films" / f"{global_step}.mp4"
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
-        with self.disk():
+        try:
             path.parent.mkdir(exist_ok=True)
             clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
             clip.write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
+        except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
+            self.say(f"no film of step {global_step}: {str(error)[:200]}")
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
@@ -1134,7 +1136,8 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+            wait = f"for {self.args.learning_starts} steps"
+            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""

@@ -28,7 +28,7 @@ time, and a new one learn the q-values of a good agent, of all actions at once (
     Paper, DemonAttack, 50,000 gradient steps: the new network's loss falls from 7 to 0.1; the old one's from 0.25 to
     0.16, then rises to 0.7. Dormant (tau is not said): from 18 to 48% in the new one, from 61 to 98% in the old one.
 Which neurons are dormant depends on the states: the shares in `dormant_ratio_*` are over the whole replay's, those in
-`dormant_by_states_*` also over its oldest tenth, its newest tenth, and noise.                        -> `look_states`
+`dormant_by_states_*` also over its oldest tenth, its newest tenth, and noise.                      -> `measured_states`
 
     SCALE=small bash benchmark/redo_dqn_atari/offline_fig8.sh             all that Fig. 8 needs; offline_fig4.sh: Fig. 4
     python redo_dqn_atari.py --method dqn --replay-ratio 1 --checkpoint-replay always       data for Fig. 4, 7 GB; or an
@@ -60,6 +60,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,7 @@ class Args:
 
     resume: str = ""  # folder of the run to continue; all else comes from its args.json
     exp_name: str = "redo_offline"  # name of this experiment, part of the run folder's name
-    seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds new networks, batches, and the states that are looked at
+    seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds new networks, batches, and the states of the measurements
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute; auto: the GPU, if there is one
     precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
 
@@ -94,15 +95,15 @@ class Args:
 
     # Learning
     gradient_steps: Count = 50_000  # of the whole run (the paper's Fig. 4: 6,250,000)
-    batch_size: Annotated[int, (1, 65_536)] = 32  # transitions per gradient step
+    batch_size: Annotated[int, (1, 8192)] = 32  # transitions per gradient step
     learning_rate: NonNegative = 6.25e-5  # Adam's
-    adam_eps: NonNegative = 1.5e-4  # Adam's epsilon
+    adam_eps: Annotated[float, (1e-12, 1)] = 1.5e-4  # Adam's epsilon
     loss: Literal["huber", "mse"] = "huber"  # of the difference between q and its target
     target_network_frequency_gradient_steps: Count = 2000  # gradient steps between copies to the target network
 
     # Logging
-    look_every_gradient_steps: Count = 500  # between looks at the dormant neurons, and checkpoints (Fig. 4: 20,000)
-    dormant_batch_size: Annotated[int, (1, 65_536)] = 256  # states that the scores are taken over
+    measure_every_gradient_steps: Count = 500  # between measurements, which are saved, too (Fig. 4: 20,000)
+    dormant_batch_size: Annotated[int, (1, 8192)] = 256  # states that the scores are taken over
 
 
 SCRIPT = "redo_offline"
@@ -181,7 +182,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n, a smaller power where the episode ended earlier, 0 where it terminated.
+        discount is gamma^n, a smaller power where it was truncated before, 0 where it terminated.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -232,7 +233,7 @@ class QNetwork(nn.Module):
     """What both networks share: layers by name, and which one reads which (for recycling).
 
     forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
-    `reader[a] = b`: neurons of layer a are read by layer b alone, so they can be recycled.
+    `reader[a] = b`: neurons of layer a are read by layer b alone; these are recycled. All activations are scored.
     """
 
     def __init__(self, args):
@@ -317,7 +318,7 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent, all NaN when an activation is not finite.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite. (Flatten batch and tokens first.)
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
     average = mean.mean()
@@ -413,7 +414,7 @@ def distill(q_network, teacher, optimizer, args, batch: tuple) -> dict:
     return regress(q_values, target, optimizer, args)
 
 
-def look_states(replay: FrameReplay, count: int, generator, device) -> dict:
+def measured_states(replay: FrameReplay, count: int, generator, device) -> dict:
     """{where from: states (count, 4, 84, 84) uint8}: the whole replay, its oldest and its newest tenth, and noise."""
     size, tenth = len(replay), max(1, len(replay) // 10)
     states = {}
@@ -424,8 +425,8 @@ def look_states(replay: FrameReplay, count: int, generator, device) -> dict:
     return states | dict(noise=noise.to(device))
 
 
-def look(q_network, states: dict) -> dict:
-    """The shares of dormant neurons, on states from `look_states` -> metrics."""
+def measure(q_network, states: dict) -> dict:
+    """The shares of dormant neurons, on states from `measured_states` -> metrics."""
     metrics = {}
     for name, x in states.items():
         ratios = dormant_ratios(q_network, x)
@@ -441,11 +442,11 @@ def train(args: Args) -> Path:
     data, teacher_data, student_data, device = check_args(args)
     set_precision(args.precision, device)
     batch_rng = random_stream(args.seed, 0)
-    look_rng = random_stream(args.seed, 2)
+    measure_rng = random_stream(args.seed, 2)
 
     # The replay, and in it the targets that stay
     replay = stored_replay(data, device)
-    states = look_states(replay, args.dormant_batch_size, look_rng, device)
+    states = measured_states(replay, args.dormant_batch_size, measure_rng, device)
     if args.targets in ("random", "monte-carlo"):
         targets = returns_to_go(replay)
         if args.targets == "random":
@@ -465,20 +466,21 @@ def train(args: Args) -> Path:
         teacher = stored_agent(teacher_data).q_network.to(device, memory_format=torch.channels_last)
         learn = partial(distill, agent.q_network, teacher, optimizer, args)
 
-    run_dir, writer, lock, last_look, metrics = open_run(args, agent, optimizer, batch_rng)
+    run_dir, writer, lock, last_measured, metrics = open_run(args, agent, optimizer, batch_rng)
     start_time, losses = time.time(), []
-    for step in range(max(0, last_look), args.gradient_steps + 1):
+    for step in range(max(0, last_measured), args.gradient_steps + 1):
         # After `step` gradient steps
         if args.targets == "bootstrapped" and step % args.target_network_frequency_gradient_steps == 0:
             agent.update_target()
         finished = step == args.gradient_steps
-        if (finished or step % args.look_every_gradient_steps == 0) and step > last_look:
+        if (finished or step % args.measure_every_gradient_steps == 0) and step > last_measured:
             if losses:
-                metrics["losses/td"] = torch.stack(losses).mean()  # of all batches since the last look
+                metrics["losses/td"] = torch.stack(losses).mean()  # of all batches since the last measurement
                 metrics["charts/gradient_steps_per_second"] = len(losses) / (time.time() - start_time)
-            metrics = {tag: float(value) for tag, value in (metrics | look(agent.q_network, states)).items()}
-            log_metrics(writer, step, metrics)
-            save(run_dir, step, metrics, agent, optimizer, batch_rng)
+            metrics = {tag: float(value) for tag, value in (metrics | measure(agent.q_network, states)).items()}
+            with disk(run_dir):
+                log_metrics(writer, step, metrics)
+                save(run_dir, step, metrics, agent, optimizer, batch_rng)
             start_time, losses = time.time(), []
         if finished:
             break
@@ -606,14 +608,14 @@ def open_run(args: Args, agent, optimizer, batch_rng) -> tuple:
         refuse(flag, run_dir, "another process is working on this run")
     except OSError as error:
         refuse(flag, run_dir, f"cannot create the folder ({error.strerror})")
-    last_look, metrics = -1, {}
+    last_measured, metrics = -1, {}
     if args.resume:
         try:
             content = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             agent.load_state_dict(content["agent"])
             optimizer.load_state_dict(content["optimizer"])
             batch_rng.set_state(content["batch_rng"])
-            last_look, metrics = content["step"], content["metrics"]
+            last_measured, metrics = content["step"], content["metrics"]
         except Exception as error:
             refuse(flag, run_dir, f"has no checkpoint.pt that fits ({type(error).__name__}: {str(error)[:200]})")
     else:
@@ -621,7 +623,17 @@ def open_run(args: Args, agent, optimizer, batch_rng) -> tuple:
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
         description = dict(script=SCRIPT, action_repeat=1, args=asdict(args), versions=versions)
         save_file(run_dir / "args.json", description)
-    return run_dir, SummaryWriter(str(run_dir), purge_step=last_look + 1), lock, last_look, metrics
+    return run_dir, SummaryWriter(str(run_dir), purge_step=last_measured + 1), lock, last_measured, metrics
+
+
+@contextmanager
+def disk(run_dir: Path):
+    """Around what writes the folder: a full disk ends the program with one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises the one as the other
+        print(f"{SCRIPT}.py: error: cannot write {run_dir}: {str(error)[:200]}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def save(run_dir: Path, step: int, metrics: dict, agent, optimizer, batch_rng) -> None:

@@ -34,7 +34,7 @@ cross-entropy. There is no public code for this figure; what we could not recove
  3. The images: the first 10,000 training images of CIFAR-10, or of any other set of 10 classes (--data). Without --data
     it is Fashion-MNIST, if Debian's package dataset-fashion-mnist is installed, or else 10 blurred patterns.
  4. Scores are taken over the same 1000 images in every epoch, before the first and after each one.
- 5. ReDo's period is one epoch; it acts after the look at the scores, which so sees what an epoch of learning has left.
+ 5. ReDo's period is one epoch; it acts after the scores are measured, so they show what an epoch of learning has left.
     Its tau and batch are those of the paper's Atari experiments. The optimizer forgets the momentum of the weights
     that ReDo changes, but, as in the official code, not that of the biases.
  6. Regression (--task regression) is ours altogether: we know of no definition in the paper. Every class has 10 random
@@ -233,7 +233,7 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent, all NaN when an activation is not finite.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite. (Flatten batch and tokens first.)
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
     average = mean.mean()
@@ -268,12 +268,14 @@ def forget(optimizer, parameter, mask) -> None:
 
 @torch.no_grad()
 def recycle(layers, activations, optimizer, tau, generator) -> list:
-    """ReDo (Algorithm 1) for any network, in place -> each layer's recycled neurons, (neurons,) bool.
+    """ReDo (Sokar et al. 2023, Algorithm 1), any network, in place -> each layer's recycled neurons, (neurons,) bool.
 
     layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
     non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are
     drawn before outgoing ones become 0, so a weight between two recycled neurons ends as 0. The optimizer (Adam, SGD)
     forgets its averages of these weights; as in the official code, not those of the biases, which become 0.
+    A reader's inputs must be exactly the layer's neurons (maps flattened channel by channel): no concatenation, groups
+    or norm in between. generator: a CPU generator; for weights that are not PyTorch's default see `initial_weight`.
     """
     scores = [dormant_score(activation) for activation in activations]
     finite = torch.cat(scores).isfinite().all()  # else nothing is recycled
@@ -316,7 +318,7 @@ def train(args: Args) -> Path:
     name, images, labels, device = check_args(args)
     torch.set_flush_denormal(True)  # on a CPU numbers too small for float32's normal range are slow
     # A stream of random numbers for each purpose, so that for instance ReDo does not change the batches
-    purposes = ("weights", "batch", "shuffle", "look", "redo", "targets")
+    purposes = ("weights", "batch", "shuffle", "measure", "redo", "targets")
     rng = {purpose: torch.Generator().manual_seed(episode_seed(args.seed, 2, i)) for i, purpose in enumerate(purposes)}
 
     images = images.float() / 255
@@ -332,11 +334,11 @@ def train(args: Args) -> Path:
     network = ConvNet(images.shape[1:], args.downsampling, args.init, rng["weights"])
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, args.momentum)
-    looked_at = images[torch.randperm(args.num_images, generator=rng["look"])[: args.dormant_batch_size]]
+    measured = images[torch.randperm(args.num_images, generator=rng["measure"])[: args.dormant_batch_size]]
 
     run_dir, writer = start_run(args, name)
     start_time, gradient_steps = time.time(), 0
-    log(writer, 0, dormant_ratios(network, looked_at))
+    log(writer, 0, dormant_ratios(network, measured))
     for epoch in range(args.epochs):
         if args.targets != "fixed" and epoch and epoch % args.shuffle_every_epochs == 0:
             if args.targets == "shuffled":
@@ -357,8 +359,8 @@ def train(args: Args) -> Path:
             loss_sum, right_sum = loss_sum + loss * len(index), right_sum + right
             gradient_steps += 1
 
-        # Look, log
-        metrics = dormant_ratios(network, looked_at) | {
+        # Measure, log
+        metrics = dormant_ratios(network, measured) | {
             "losses/train": loss_sum / args.num_images, "charts/gradient_steps": gradient_steps,
             "charts/walltime": time.time() - start_time,
             "charts/accuracy" if args.task == "classification" else "charts/explained": right_sum / args.num_images,

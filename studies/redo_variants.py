@@ -88,7 +88,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -122,7 +122,7 @@ class Args(RunArgs):
     n_step: Count = 1  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
     learning_rate: NonNegative = 6.25e-5  # Adam's
-    adam_eps: NonNegative = 1.5e-4  # Adam's epsilon
+    adam_eps: Annotated[float, (1e-12, 1)] = 1.5e-4  # Adam's epsilon
     weight_decay: NonNegative = 0.0  # times the weights, added to the gradient before Adam (the paper's best: 1e-5)
     loss: Literal["huber", "mse"] = "huber"  # of the temporal-difference error
     target_network_frequency: Count = 8000  # steps between copies to the target network
@@ -152,7 +152,7 @@ class Args(RunArgs):
     eval_steps: Count = 125_000  # steps of an evaluation; every game that was begun is finished
     eval_envs: Annotated[int, (1, 1024)] = 8  # games side by side in an evaluation
     eval_epsilon: Share = 0.001  # probability of a random action in evaluations
-    dormant_every: Count = 20_000  # steps between looks at the dormant neurons
+    dormant_every: Count = 20_000  # steps between measurements of dormant neurons
     dormant_batch_size: Count = 256  # states that the logged scores are taken over
     log_every: Count = 1000  # steps between logs of losses
 
@@ -263,7 +263,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n, a smaller power where the episode ended earlier, 0 where it terminated.
+        discount is gamma^n, a smaller power where it was truncated before, 0 where it terminated.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -314,7 +314,7 @@ class QNetwork(nn.Module):
     """What both networks share: layers by name, and which one reads which (for recycling).
 
     forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
-    `reader[a] = b`: neurons of layer a are read by layer b alone, so they can be recycled.
+    `reader[a] = b`: neurons of layer a are read by layer b alone; these are recycled. All activations are scored.
     """
 
     def __init__(self, args):
@@ -399,7 +399,7 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent, all NaN when an activation is not finite.
+    all 0 when the whole layer is silent, all NaN when an activation is not finite. (Flatten batch and tokens first.)
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
     average = mean.mean()
@@ -613,7 +613,7 @@ def update(agent, optimizer, args, batch: tuple) -> dict:
     obs, action, reward, discount, next_obs = batch
     bfloat16 = args.precision == "bfloat16"
     autocast = partial(torch.autocast, device_type=obs.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-    with torch.no_grad(), autocast():  # a region of its own: weights that are cast here carry no gradient
+    with torch.no_grad(), autocast():  # a region of its own: weights cast here are cached without gradients
         next_q, _ = agent.target_network(next_obs)
         target = reward + discount * next_q.max(1).values
     with autocast():
@@ -703,10 +703,7 @@ def train(args: Args) -> Path:
         if args.compile:
             optimizer.element_step = torch.compile(per_element_step, dynamic=False)
     replay = FrameReplay(replay_frames(args), buffer_device, args.n_step, args.gamma)
-    batch_rng = random_stream(args.seed, 0)
-    redo_rng = random_stream(args.seed, 1)
-    look_rng = random_stream(args.seed, 2)
-    act_rng = random_stream(args.seed, 4)
+    batch_rng, redo_rng, measure_rng, act_rng = (random_stream(args.seed, i) for i in (0, 1, 2, 4))
     learn = partial(update, agent, optimizer, args)
     if args.cudagraphs:
         learn = capture(learn, [optimizer])
@@ -714,7 +711,7 @@ def train(args: Args) -> Path:
         compile_modules(agent.q_network, agent.target_network)
 
     parts = dict(agent=agent, optimizer=optimizer, replay=replay)
-    parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, look_rng=look_rng, act_rng=act_rng)
+    parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, measure_rng=measure_rng, act_rng=act_rng)
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
@@ -778,7 +775,7 @@ def train(args: Args) -> Path:
                     "charts/frames": global_step * ACTION_REPEAT, "charts/walltime": run.walltime(),
                 })  # fmt: skip
             if global_step >= learning_from and global_step % args.dormant_every == 0:
-                states = replay.sample(args.dormant_batch_size, look_rng)[0].to(device)
+                states = replay.sample(args.dormant_batch_size, measure_rng)[0].to(device)
                 run.log(global_step, dormant_ratios(q_network, states))
 
         # After the episode
@@ -831,6 +828,8 @@ def check_args(args: Args) -> tuple:
         ("redo_end_gradient_steps", ends or threshold, "is needed: --redo-rate falls to 0 until then"),
         ("redo_end_gradient_steps", not ends or args.redo_end_gradient_steps > args.redo_period_gradient_steps,
          "is before the first period has ended"),
+        ("redo_period_gradient_steps", args.redo_period_gradient_steps >= args.replay_ratio * UPDATE_PERIOD
+         or args.method == "dqn", "is shorter than a burst of gradient steps"),
         ("redo_outgoing", args.redo_outgoing == "zero" or not args.redo_compat_flatten, "does not go with "
          "--redo-compat-flatten"),
         ("activation", args.method != "prune" or args.activation == "relu", "lets pruned neurons learn again"),
@@ -1015,7 +1014,7 @@ class Run:
     with state_dict and load_state_dict. With --resume, the constructor restores both.
     """
 
-    FORMAT = 4  # of checkpoint.pt
+    FORMAT = 5  # of checkpoint.pt
 
     def __init__(self, args: Args, device: torch.device, parts: dict, **counters):
         from torch.utils.tensorboard import SummaryWriter
@@ -1099,12 +1098,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def check_finite(self, metrics: dict, since: int) -> None:
-        """Stops the run if one of the metrics is not a finite number. since: the first step that they cover."""
-        for tag, value in metrics.items():
-            if not math.isfinite(value):
-                self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
-                self.stopped = None  # also if a signal came before
-                self.stop(f"error: {tag} is not finite, at step {since} or later", exit_code=1)
+        """Stops the run at the first metric that is not a finite number. since: the first step that they cover."""
+        bad = [tag for tag, value in metrics.items() if not math.isfinite(value)]
+        if bad and self.checkpoint != "diverged.pt":
+            self.checkpoint, self.keep_replay = "diverged.pt", False  # the last good one stays
+            self.stopped = None  # also if a signal came before
+            self.stop(f"error: {bad[0]} is not finite, at step {since} or later", exit_code=1)
 
     def walltime(self) -> float:
         """Seconds, those before a resume included."""
@@ -1122,11 +1121,13 @@ class Run:
 
         path = self.dir / "films" / f"{global_step}.mp4"
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
-        with self.disk():
+        try:
             path.parent.mkdir(exist_ok=True)
             clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
             clip.write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
+        except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
+            self.say(f"no film of step {global_step}: {str(error)[:200]}")
 
     def checkpoint_due(self, global_step: int) -> bool:
         return global_step // self.args.checkpoint_every > self.saved_step // self.args.checkpoint_every
@@ -1165,7 +1166,8 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            self.say("the checkpoint contains no replay: it is refilled before learning goes on")
+            wait = f"for {self.args.learning_starts} steps"
+            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""

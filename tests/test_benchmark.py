@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moviepy import VideoFileClip
+from test_redo_dqn_atari import FakeGames
 from torch.utils.tensorboard import SummaryWriter
 
 import adaptive_rr
@@ -29,6 +30,7 @@ import drqv2_plasticity
 import redo_dqn_atari
 
 plot_crl_deep, crl_deep_peer = helpers.benchmark("crl_deep/plot.py"), helpers.benchmark("crl_deep/peer.py")
+offline_plot = helpers.benchmark("redo_dqn_atari/offline_plot.py")
 plot_rr, rr_detector = helpers.benchmark("adaptive_rr/plot.py"), helpers.benchmark("adaptive_rr/detector.py")
 plot_drm, drm_schedules = helpers.benchmark("drm/plot.py"), helpers.benchmark("drm/schedules.py")
 plot_drq, plot_redo = helpers.benchmark("drqv2_plasticity/plot.py"), helpers.benchmark("redo_dqn_atari/plot.py")
@@ -71,6 +73,7 @@ def test_series_are_in_frames_and_aligned_to_the_shortest_run():
     assert plotting.aligned(runs, "no/such_tag")[1].shape == (1, 0)
     with pytest.raises(SystemExit, match="no run under runs/ has an --exp-name that matches nothing"):
         plotting.load_runs("nothing")
+    assert [run.args["exp_name"] for run in plotting.load_runs("other", "a", "o*")] == ["a", "a", "other"]
 
 
 def test_of_two_folders_of_one_run_the_finished_one_counts():
@@ -109,9 +112,34 @@ def test_tasks_of_one_arm_on_one_grid():
     assert tasks["ALE/Pong-v5"] == pytest.approx(np.array([[0, 2.4]]))  # every 1,000,000 frames
 
 
+def test_names_and_footnotes_of_redo():
+    assert [plot_redo.name_of(name) for name in ("rr0.25", "x2-redo", "rr-x")] == [
+        "replay ratio 0.25", "ReDo, width x 2", "rr-x"]  # fmt: skip
+    row = dict(tag=plot_redo.RETURN, seeds=1, paper=None)
+    bands, games, stars = "Bands:", "IQM and means over games:", "Stars:"
+    for rows, expected in (
+        ([row], []), ([row, row | dict(seeds=2)], [bands]), ([dict(seeds="3-5", paper=None)], [games]),
+        ([row | dict(seeds=2), row | dict(tag="iqm", paper=1.0)], [bands, games, stars]),
+    ):  # fmt: skip
+        note = plot_redo.note_of(rows)
+        assert [part for part in (bands, games, stars) if part in note] == expected
+    assert plotting.seeds_of([np.zeros((3, 1)), np.zeros((5, 1))]) == "3-5" and plotting.seeds_of([[0], [0]]) == 1
+
+
+@pytest.mark.parametrize("game, star", [("DemonAttack", "0.34"), ("Asterix", "0.54"), ("Pong", "")])
+def test_stars_of_fig4_are_those_of_its_game(game, star):
+    for kind in ("all", *offline_plot.STATES):
+        tag = offline_plot.DORMANT if kind == "all" else offline_plot.BY_STATES + kind
+        write_run("redo_fig4-small-bootstrapped", 1, [0.2, 0.3], tag, replay=f"runs/ALE-{game}-v5__redo_old__1__2/")
+    write_run("redo_fig4-small-bootstrapped", 1, [2.0, 1.0], offline_plot.LOSS, replay=f"runs/ALE-{game}-v5__a")
+    offline_plot.draw(plotting.load_runs("redo_fig4-*"), "out")
+    assert {row["paper"] for row in read_csv("out.csv") if row["tag"] == offline_plot.DORMANT} == {star}
+
+
 def test_colours_of_method_and_baseline():
     assert plotting.colours(["augmentation", "plain"]) == dict(augmentation="C1", plain="C0")
     assert plotting.colours(["augmentation", "rr2"]) == dict(augmentation="C0", rr2="C2")
+    assert plotting.colours(["redo", "static1", "adaptive"]) == dict(redo="C2", static1="C3", adaptive="C1")
     assert plot_drq.name_of("rr2") == "replay ratio 2" and plot_drq.name_of("plain-reset9").endswith(", 9 resets")
 
 
@@ -613,6 +641,25 @@ def test_the_peer_gives_both_sides_the_same_weights(monkeypatch):
     torch.testing.assert_close(agents[0].psi(x), (stem + block) @ kernels[5] + biases[5])
     first, second = step(), step()
     assert first != second and peak_gb() > 0
+
+
+def test_the_film_of_a_game_presses_fire_as_an_evaluation_does(monkeypatch):
+    """After a lost life, under --protocol cleanrl; the fake games lose one in their second step of five."""
+    redo_film, made = helpers.benchmark("redo_dqn_atari/film.py"), []
+
+    def games(args, n, **options):
+        made.append(FakeGames(n, longer=3))
+        if options:  # in colour
+            observe = made[-1].observe
+            made[-1].observe = lambda: (np.zeros((1, 1, 210, 160, 3), np.uint8), observe()[1])
+        return made[-1]
+
+    monkeypatch.setattr(redo_dqn_atari, "make_envs", games)
+    run_dir = helpers.run(redo_dqn_atari, *helpers.ATARI, "--protocol", "cleanrl", "--eval-epsilon", 0)
+    monkeypatch.setattr(redo_dqn_atari, "act", lambda q_network, obs, *rest: np.full(len(obs), 2))
+    redo_film.film(run_dir)
+    fire = redo_dqn_atari.fire_action(made[-1])
+    assert fire != 2 and [envs.actions for envs in made[-2:]] == [[[2], [2], [fire], [2], [2]]] * 2
 
 
 def test_film_of_a_game():

@@ -323,6 +323,16 @@ def test_time_at_goal_freezes_at_the_first_end():
     assert record["alive"].sum(0).tolist() == [3, 10, 5]
 
 
+def test_what_passes_the_goal_after_its_end_has_not_come_near():
+    class Late(ScriptedEnvs):
+        def distance(self):
+            return np.where(self.steps > self.falls, 0.1, 99.0)
+
+    agent, _, args = small_agent()
+    metrics = crl.evaluate(agent, Late([3, 99]), args, 0, CPU, NoRun())
+    assert metrics["eval/success_easy"] == 0 and metrics["eval/final_distance"] == 99
+
+
 def test_success_is_any_step_at_the_goal():
     """The third environment never arrives, the second comes near."""
 

@@ -321,3 +321,16 @@ def test_a_picture_shows_the_goal_from_above():
     red = [(p[..., 0] > 120) & (p[..., 1] < 60) for p in (picture, near)]
     assert picture.shape == (240, 320, 3) and picture.std() > 10 and red[1].sum() > max(20, red[0].sum())
     assert torch.equal(before["physics"], envs.state_dict()["physics"])
+
+
+def test_hypersphere_weights_have_norm_1_from_the_start(monkeypatch):
+    norms, update = [], crl.update
+
+    def watched(agent, *rest):
+        weights = [m.weight for m in agent.modules() if isinstance(m, crl.Dense)]
+        norms.append(torch.cat([w.detach().norm(dim=1) for w in weights]))
+        return update(agent, *rest)
+
+    monkeypatch.setattr(crl, "update", watched)
+    run(*POINT, "--norm", "hypersphere")
+    torch.testing.assert_close(norms[0], torch.ones_like(norms[0]))

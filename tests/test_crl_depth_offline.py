@@ -14,7 +14,7 @@ import crl_deep as crl
 import crl_depth_offline as study
 
 TINY = (
-    "--num-paths 16 --path-length 40 --gradient-steps 30 --batch-size 16 --width 8 --eval-every 20 --eval-episodes 8 "
+    "--num-paths 16 --path-length 40 --gradient-steps 30 --batch-size 16 --width 8 --eval-every 20 --eval-episodes 32 "
     "--eval-steps 10"
 ).split()
 
@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(capsys, monkeypatch):
     (["--gamma", 1], "--gamma 1.0: must lie between"), (["--random-share", "nan"], "-share nan: must lie between"),
     (["--seed", -1], "--seed -1: must lie between"), (["--width", 10**6], "--width 1000000: the run needs about"),
     (["--exp-name", "x" * 300], ": cannot create the folder"), (["--exp-name", "a/b"], "a/b: is no name for a folder"),
-    (["--eval-episodes", 1], "--eval-episodes 1: must lie between 4"), (["--repr-dim", 10**9], "must lie between 1"),
+    (["--eval-episodes", 1], "--eval-episodes 1: must lie between 32"), (["--repr-dim", 10**9], "must lie between 1"),
 ], ids=lambda value: " ".join(map(str, value))[:20] if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:

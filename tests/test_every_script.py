@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 import unittest.mock
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
+import moviepy
 import numpy as np
 import pytest
 import torch
@@ -71,8 +74,11 @@ def test_killed_at_any_moment_leaves_a_whole_checkpoint(script):
     process.kill()
     process.communicate()
     (run_dir,) = Path("runs").iterdir()
-    steps = checkpoint(run_dir)["global_step"] + 2 * RESUMED_STEPS
+    before = checkpoint(run_dir)
+    steps = before["global_step"] + 2 * RESUMED_STEPS
     run(script, "--resume", run_dir, "--total-timesteps", steps)
+    after = checkpoint(run_dir)
+    assert after["global_step"] == steps and after["gradient_steps"] > before["gradient_steps"]
 
 
 @every_script
@@ -297,6 +303,21 @@ def test_a_film_of_every_evaluation(script):
     assert b"|capture_video|True|" in table.tensor_proto.string_val[0]
 
 
+@two_scripts
+def test_a_film_that_fails_costs_a_line(script, flags, monkeypatch, capsys):
+    """As Ctrl-C does, which ends ffmpeg, too."""
+
+    def broken(*values, **options):
+        raise OSError(32, "Broken pipe")
+
+    monkeypatch.setattr(moviepy.ImageSequenceClip, "write_videofile", broken)
+    run_dir = run(script, *flags, "--capture-video")
+    printed = capsys.readouterr().err
+    for step in scalars(run_dir)["eval/episodic_return"]:
+        assert f"no film of step {step}: [Errno 32] Broken pipe" in printed
+    assert (run_dir / "summary.json").exists()
+
+
 # --- random numbers ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", [s for s in TINY if s is not crl], ids=lambda script: script.SCRIPT)
 def test_all_streams_of_random_numbers_begin_differently(script, monkeypatch):
@@ -324,7 +345,19 @@ def test_a_run_that_diverges_saves_and_ends_with_one_line(script, flags, capsys)
         assert all(weight.isfinite().all() for weight in checkpoint(run_dir)["agent"].values() if weight.numel() > 1)
         diverged = torch.load(run_dir / "diverged.pt")
         assert "replay" not in diverged and not all(x.isfinite().all() for x in diverged["agent"].values())
+        (run_dir / "diverged.pt").unlink()
         words = ["--resume", run_dir]
+
+
+def test_the_first_number_that_is_not_finite_is_named(capsys):
+    run = SimpleNamespace(checkpoint="checkpoint.pt", stopped=130, keep_replay=True)
+    run.stop = partial(redo.Run.stop, run)
+    redo.Run.check_finite(run, {"fine": 1.0}, 1)
+    assert run.stopped == 130
+    redo.Run.check_finite(run, {"fine": 1.0, "first": np.inf, "second": np.nan}, 21000)
+    redo.Run.check_finite(run, {"third": np.nan}, 3000)  # as after the episode
+    assert (run.stopped, run.reason) == (1, "error: first is not finite, at step 21000 or later")
+    assert (run.checkpoint, run.keep_replay) == ("diverged.pt", False)
 
 
 @pytest.mark.parametrize("script", [drq, redo], ids=lambda script: script.SCRIPT)

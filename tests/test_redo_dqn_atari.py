@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
 import redo_dqn_atari as redo
@@ -152,6 +153,46 @@ def test_width_and_activation():
     assert redo.DQNAgent(6, small_args()).q_network(random_obs())[1]["dense"].min() == 0
     leaky = redo.DQNAgent(6, small_args(activation="leaky_relu")).q_network
     assert leaky(random_obs())[1]["dense"].min() < 0
+
+
+@pytest.mark.parametrize("padding, pads", [("same", ((2, 2), (1, 2), (1, 1))), ("valid", ((0, 0),) * 3)])
+def test_the_nature_network_written_out(padding, pads):
+    q_network, obs = redo.DQNAgent(6, small_args(padding=padding)).q_network, random_obs()
+    layers, x = q_network.layers, obs / 255
+    q_values, activations = q_network(obs)
+    for name, stride, (before, after) in zip(("conv1", "conv2", "conv3"), (4, 2, 1), pads):
+        x = F.pad(x, (before, after, before, after))
+        x = F.conv2d(x, layers[name].weight, layers[name].bias, stride).relu()
+        torch.testing.assert_close(activations[name], x)
+    dense = F.linear(x.flatten(1), layers["dense"].weight, layers["dense"].bias).relu()
+    torch.testing.assert_close(activations["dense"], dense)
+    torch.testing.assert_close(q_values, F.linear(dense, layers["head"].weight, layers["head"].bias))
+
+
+def test_the_resnet_written_out():
+    q_network, obs = redo.DQNAgent(6, small_args(network="resnet")).q_network, random_obs()
+    with torch.no_grad():
+        for layer in q_network.layers.values():  # else hardly a number would notice a missing one
+            layer.bias.normal_(0, 0.1, generator=seeded())
+
+    def conv(name, x):
+        return F.conv2d(x, q_network.layers[name].weight, q_network.layers[name].bias, padding=1)
+
+    q_values, activations = q_network(obs)
+    x = obs / 255
+    for stack, pad in ((1, (0, 1)), (2, (0, 1)), (3, (1, 1))):  # TensorFlow's SAME for 84, 42, 21 pixels
+        x = F.max_pool2d(F.pad(conv(f"stack{stack}", x), 2 * pad, value=-torch.inf), 3, 2)
+        for block in (1, 2):
+            name = f"stack{stack}_block{block}"
+            torch.testing.assert_close(activations[f"{name}_input"], x.relu())
+            inner = conv(f"{name}_conv1", x.relu()).relu()
+            torch.testing.assert_close(activations[f"{name}_conv1"], inner)
+            x = x + conv(f"{name}_conv2", inner)
+    assert x.shape[2:] == (11, 11)
+    dense = F.linear(x.relu().flatten(1), q_network.layers["dense"].weight, q_network.layers["dense"].bias).relu()
+    torch.testing.assert_close(
+        q_values, F.linear(dense, q_network.layers["head"].weight, q_network.layers["head"].bias)
+    )
 
 
 @pytest.mark.parametrize("kernel, stride, size, expected", [
@@ -717,10 +758,11 @@ def test_how_episodes_begin_and_what_follows_a_lost_life(game, button):
 
 
 class FakeGames:
-    """`num_envs` games: the episodes of game i last i + 2 steps (or `longer`), reward 10 each; a life is lost in the
+    """`num_envs` games: the episodes of game i last i + 2 steps (or `longer`), `reward` each; a life is lost in the
     second."""
 
-    def __init__(self, num_envs, actions=3, fire=True, truncate=False, longer=0):
+    def __init__(self, num_envs, actions=3, fire=True, truncate=False, longer=0, reward=10.0):
+        self.reward = reward
         self.num_envs, self.truncate, self.single_action_space = num_envs, truncate, gymnasium.spaces.Discrete(actions)
         self.length = np.arange(num_envs) + 2 + longer
         buttons = [ale_py.Action.NOOP, ale_py.Action.FIRE, ale_py.Action.UP]
@@ -745,7 +787,7 @@ class FakeGames:
         over = self.t >= self.length
         obs, info = self.observe()
         ended = (~over, over) if self.truncate else (over, ~over)
-        return obs, np.full(self.num_envs, 10.0), over & ended[0], over & ended[1], info
+        return obs, np.full(self.num_envs, self.reward), over & ended[0], over & ended[1], info
 
     def step(self, action):
         self.send(action)

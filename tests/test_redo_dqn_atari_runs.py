@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -106,6 +107,14 @@ def calls(monkeypatch):
 def test_counts_and_schedules(ratio, calls, monkeypatch):
     """After the warm-up: 4 x ratio updates at every multiple of 4; a target copy every 40 steps, whatever the ratio."""
     use_fake_games(monkeypatch, longer=9)
+    recycle, recycled = redo.recycle, []
+
+    def counted(*values):
+        masks = recycle(*values)
+        recycled.append(sum(int(mask.sum()) for mask in masks))
+        return masks
+
+    monkeypatch.setattr(redo, "recycle", counted)
     logged = scalars(run(*ATARI, "--replay-ratio", ratio, "--method", "redo"))
     burst = round(4 * ratio)
     updates = burst * 44  # steps 64, 68, ..., 236
@@ -113,7 +122,7 @@ def test_counts_and_schedules(ratio, calls, monkeypatch):
     assert calls["update_target"] == [burst * (t - 60) // 4 for t in range(80, 240, 40)]
     assert calls["recycle"] == list(range(30, updates + 1, 30))  # gradient steps, not at 0
     assert not calls["reset_layers"]
-    assert sum(logged["redo_recycled/all"].values()) > 0
+    assert sum(logged["redo_recycled/all"].values()) == sum(recycled) > 0
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -223,6 +232,30 @@ def test_a_signal_while_it_saves_leaves_nothing_behind(monkeypatch):
     assert_same(checkpoint(whole), checkpoint(part))
     assert_same(replay, resumed)
     assert scalars(whole) == scalars(part)
+
+
+def test_rewards_are_clipped_on_both_sides(monkeypatch):
+    use_fake_games(monkeypatch, reward=-10.0)
+    _, replay = run_and_replay(redo, *ATARI_DQN, "--total-timesteps", 120, "--method", "dqn")
+    assert set(replay["record"][:-1, 1].tolist()) == {-1.0, 0.0}
+
+
+def test_a_lost_life_is_forgotten_with_its_episode(monkeypatch):
+    """FIRE follows a life that is lost inside an episode, not one that ended it."""
+    for longer, fired in ((0, []), (3, [2])):
+        games = use_fake_games(monkeypatch, longer=longer)
+        monkeypatch.setattr(redo, "act", lambda q, obs, *rest: np.zeros(len(obs), int))
+        run(*ATARI_DQN, "--protocol", "cleanrl", "--total-timesteps", 120, "--method", "dqn")
+        actions = np.array(games[1].actions).ravel()[: (2 + longer) * 20].reshape(20, 2 + longer)
+        button = redo.fire_action(games[1])
+        assert [np.flatnonzero(episode == button).tolist() for episode in actions] == [fired] * 20
+
+
+def test_a_resumed_run_may_evaluate_more_often(monkeypatch):
+    use_fake_games(monkeypatch, longer=6)  # of 8 steps
+    part = run(*ATARI, "--eval-every", 200)
+    logged = scalars(run("--resume", part, "--total-timesteps", 320, "--eval-every", 16))
+    assert sorted(logged["eval/episodic_return"]) == [200, 240, 256, 272, 288, 304, 320]
 
 
 def test_checkpoints_are_made_between_episodes(monkeypatch):
@@ -362,6 +395,10 @@ def test_speed_flags_change_bits_but_not_results(flag, tolerance, quick_compiler
     ("--redo-period-gradient-steps 0", "--redo-period-gradient-steps 0: must lie between 1 and"),
     ("--buffer-size 100000000 --total-timesteps 100000000", "--buffer-size 100000000: the run needs about 71"),
     ("--redo-end-gradient-steps 1000", "--redo-end-gradient-steps 1000: is before the first period has ended"),
+    ("--method reset --redo-end-gradient-steps 100000", "--redo-end-gradient-steps 100000: is before the first period"),
+    ("--replay-ratio 2 --redo-period-gradient-steps 7", "--redo-period-gradient-steps 7: is shorter than a burst"),
+    ("--method reset --reset-period-gradient-steps 3 --replay-ratio 1", "--reset-period-gradient-steps 3: is shorter"),
+    ("--adam-eps 0", "--adam-eps 0.0: must lie between 1e-12 and 1"),
     ("--total-timesteps 20004", "--total-timesteps 20004: must be more than --learning-starts + 4"),
     ("--learning-starts 30000 --buffer-size 25000", "--learning-starts 30000: must lie between --n-step and --buffer"),
     ("--learning-starts 2 --n-step 3", "--learning-starts 2: must lie between --n-step and --buffer-size"),
@@ -426,7 +463,7 @@ def test_a_network_that_does_not_fit_is_refused_before_it_is_built():
 
 
 def test_memory_counts_the_networks_activations(monkeypatch, capsys):
-    """A look at 2048 states takes 5.4 GB in the ResNet (measured), 0.6 GB in the Nature network."""
+    """A measurement on 2048 states takes 5.4 GB in the ResNet (measured), 0.6 GB in the Nature network."""
     monkeypatch.setattr(redo, "memory", lambda device: 5e9)
     redo.check_args(redo.Args(device="cpu", buffer_size=30_000))
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The offline study: targets that stay by hand, distillation, what is looked at, whole runs, resume, mistakes."""
+"""The offline study: targets that stay by hand, distillation, what is measured, whole runs, resume, mistakes."""
 
 import copy
 import gc
@@ -22,7 +22,7 @@ ATARI = (
     "--exploration-steps 100 --max-episode-steps 40 --eval-every 80 --eval-steps 1 --eval-envs 1 --dormant-every 80 "
     "--dormant-batch-size 8 --rank-batch-size 16 --redo-batch-size 8 --log-every 20"
 ).split()
-TINY = "--gradient-steps 40 --look-every-gradient-steps 10 --dormant-batch-size 8 --batch-size 8".split()
+TINY = "--gradient-steps 40 --measure-every-gradient-steps 10 --dormant-batch-size 8 --batch-size 8".split()
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_random_targets_have_the_spread_of_the_returns():
     assert not targets[[3, 6, 11]].any()
 
 
-# --- distillation, and what is looked at ------------------------------------------------------------------------------
+# --- distillation, and what is measured ------------------------------------------------------------------------------
 def agents(played):
     data = study.read_run("replay", str(played))
     return data, study.new_agent(data, 1, 6), study.stored_agent(data)
@@ -156,20 +156,20 @@ def test_distillation_is_regression_on_all_actions(played, loss):
     assert torch.equal(before, teacher.q_network(batch[0])[0])
 
 
-def test_looked_at_states_come_from_where_their_name_says():
+def test_measured_states_come_from_where_their_name_says():
     replay = small_replay(capacity=64, episodes=((40, True),))
-    states = study.look_states(replay, 500, generator(), torch.device("cpu"))
+    states = study.measured_states(replay, 500, generator(), torch.device("cpu"))
     newest = {name: x[:, -1, 0, 0] for name, x in states.items()}
     assert set(newest["oldest"].tolist()) == set(range(4)) and set(newest["newest"].tolist()) == set(range(36, 40))
     assert set(newest["replay"].tolist()) == set(range(40))
     assert newest["noise"].max() > 240 and newest["noise"].min() < 15
 
 
-def test_a_look_counts_by_hand():
+def test_a_measurement_counts_by_hand():
     def network(x):
         return None, {"dense": torch.stack([x.flatten(), torch.ones(len(x)), torch.zeros(len(x))], 1)}
 
-    metrics = study.look(network, dict(replay=torch.ones(4, 1), noise=torch.zeros(4, 1)))
+    metrics = study.measure(network, dict(replay=torch.ones(4, 1), noise=torch.zeros(4, 1)))
     assert metrics["dormant_ratio_tau0/dense"] == metrics["dormant_by_states_tau0/replay"] == pytest.approx(1 / 3)
     assert metrics["dormant_by_states_tau0/noise"] == pytest.approx(2 / 3)
 
@@ -266,6 +266,30 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(played, flags, monkeypatch):
         assert scalars(whole) == scalars(part)
     summary = json.loads((part / "summary.json").read_text())
     assert summary["losses/td"] == pytest.approx(scalars(part)["losses/td"][40])
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_measurement(played, monkeypatch):
+    losses, update = [], study.update
+
+    def watched(*values):
+        metrics = update(*values)
+        losses.append(float(metrics["losses/td"]))
+        return metrics
+
+    monkeypatch.setattr(study, "update", watched)
+    logged = scalars(run("--replay", played, *TINY))["losses/td"]
+    assert logged == pytest.approx({step: np.mean(losses[step - 10 : step]) for step in (10, 20, 30, 40)}, rel=1e-5)
+
+
+def test_a_full_disk_is_one_line(played, monkeypatch, capsys):
+    def full(*values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        run("--replay", played, *TINY)
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 1 and errors.count("\n") == 1 and "No space left on device" in errors
 
 
 def test_a_loss_that_is_not_finite_ends_with_one_line(played, capsys):

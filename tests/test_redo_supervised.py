@@ -324,12 +324,25 @@ def test_redo_changes_neither_batches_nor_permutations(monkeypatch):
     assert plain == redo
 
 
-def test_the_look_at_the_end_of_an_epoch_comes_before_recycling():
+def test_the_measurement_at_the_end_of_an_epoch_comes_before_recycling():
     """Else a period of one epoch would always show a network that has just been recycled."""
     plain, redo = scalars(run()), scalars(run(**REDO | dict(redo_tau=0.5)))
     tag = "dormant_ratio_tau0.1/all"
     assert redo[tag][1] == plain[tag][1] > 0 and redo["redo_recycled/all"][1] == 0
     assert redo["redo_recycled/all"][2] > 20 and redo["losses/train"][2] != plain["losses/train"][2]
+
+
+def test_a_shorter_last_batch_counts_by_its_images(monkeypatch):
+    losses, update = [], study.update
+
+    def watched(network, optimizer, images, *rest):
+        loss, right = update(network, optimizer, images, *rest)
+        losses.append(float(loss) * len(images))
+        return loss, right
+
+    monkeypatch.setattr(study, "update", watched)
+    logged = scalars(run(num_images=40))["losses/train"]  # batches of 32 and 8
+    assert logged == pytest.approx({1 + i: sum(losses[2 * i : 2 * i + 2]) / 40 for i in range(3)}, rel=1e-5)
 
 
 CHANGES = [

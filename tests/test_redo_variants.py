@@ -458,7 +458,7 @@ def test_kept_step_count_makes_first_updates_too_large():
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 def learned(run_dir):
-    """What a run has learned, and the state of what it draws from; the scores are looked at on other states."""
+    """What a run has learned, and the state of what it draws from; the scores are measured on other states."""
     content = checkpoint(run_dir)
     return {name: content[name] for name in ("agent", "optimizer", "batch_rng", "redo_rng", "act_rng", "torch_rng")}
 

@@ -249,3 +249,16 @@ def test_what_a_tier_needs_is_said_first(folder):
     (folder / "runs" / "go").touch()
     (folder / "benchmark" / "needs.py").write_text("print('the needs')")
     assert sweep(folder).stderr.startswith("the needs\n")
+
+
+def test_of_several_folders_of_one_run_the_finished_one_is_used(folder):
+    path = folder / "benchmark" / "drm" / "which.sh"
+    path.write_text('source "$(dirname "$(realpath "$0")")/../common.sh"\nrun_folder ALE/Pong-v5 a-b 1\n')
+    for name, done in (("1", False), ("2", True), ("3", False)):
+        run = folder / "runs" / f"ALE-Pong-v5__a-b__1__{name}"
+        expected = {"1": "*", "2": "1", "3": "2"}[name]
+        assert sweep(folder, "--dry-run", path=str(path)).stdout == f"runs/ALE-Pong-v5__a-b__1__{expected}/\n"
+        run.mkdir()
+        if done:
+            (run / "summary.json").touch()
+    assert sweep(folder, "--dry-run", path=str(path)).stdout == "runs/ALE-Pong-v5__a-b__1__2/\n"

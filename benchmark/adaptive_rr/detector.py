@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import group, load_runs, panels, save, task_name
+from plotting import arm, group, load_runs, panels, save, task_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from adaptive_rr import PlateauDetector
@@ -53,7 +53,7 @@ def draw(runs, intervals, thresholds, out) -> None:
         curves, switches = axes[2 * k], axes[2 * k + 1]
         for i, run in enumerate(members):
             frames, faus = run.series(FAU)
-            label = f"{run.args['exp_name'].split('-', 2)[-1]}, seed {run.args['seed']}"
+            label = f"{arm(run)}, seed {run.args['seed']}"
             curves.plot(frames / 1e6, faus, linewidth=1, color=f"C{i}", label=label)
             if own_switch(run) < math.inf:
                 curves.axvline(own_switch(run) / 1e6, color=f"C{i}", linestyle=":", linewidth=1)
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
-    draw(load_runs(a.runs, a.folder), a.intervals, a.thresholds, a.out)
+    draw(load_runs(a.runs, folder=a.folder), a.intervals, a.thresholds, a.out)
 
 
 if __name__ == "__main__":

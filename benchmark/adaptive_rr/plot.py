@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import (
     INTERVALS,
     aligned,
+    arm,
     group,
     load_module,
     load_runs,
@@ -35,9 +36,9 @@ TABLE = {
     drq.WALKER: ((710, 39), (648, 107), (618, 50), (709, 7), (749, 10), (734, 16), (758, 12)),
     drq.QUADRUPED: ((579, 120), (593, 129), (371, 158), (417, 110), (511, 47), (608, 53), (784, 53)),
 }
-for (env_id, tag, arm), points in list(drq.PAPER.items()):  # the study's names of two arms
-    if arm in ("augmentation", "rr2"):
-        drq.PAPER[(env_id, tag, {"augmentation": "static0.5", "rr2": "static2"}[arm])] = points
+for (env_id, tag, name), points in list(drq.PAPER.items()):  # the study's names of two arms
+    if name in ("augmentation", "rr2"):
+        drq.PAPER[(env_id, tag, {"augmentation": "static0.5", "rr2": "static2"}[name])] = points
 drq.PAPER |= {
     (drq.QUADRUPED, "fau/critic", "adaptive"): drq.at(0.370, 0.398, 0.439, 0.430, 0.356, 0.291),
     (drq.QUADRUPED, "fau/actor", "adaptive"): drq.at(0.49, 0.40, 0.28, 0.139, 0.100, 0.090),
@@ -56,7 +57,7 @@ def table(runs, arms, out) -> None:
     for name in arms:
         line = []
         for env_id, members in tasks.items():
-            seeds = group(members, drq.arm).get(name, [])
+            seeds = [run for run in group(members, arm).get(name, []) if len(run.series("eval/episodic_return")[0])]
             paper = dict(zip(ARMS, TABLE.get(env_id, ()))).get(name, ("", ""))
             text = "-"
             if seeds:
@@ -73,7 +74,7 @@ def table(runs, arms, out) -> None:
     axis.set_axis_off()
     columns = [task_name(env_id) for env_id in tasks]
     axis.table(cells, rowLabels=arms, colLabels=columns, loc="center", cellLoc="center").scale(1, 2.4)
-    seeds = seeds_text(group(runs, lambda run: (drq.arm(run), run.args["env_id"])).values())
+    seeds = seeds_text(group(runs, lambda run: (arm(run), run.args["env_id"])).values())
     axis.set_title(f"return at {TABLE_FRAMES:,} frames, or before, where written; {seeds}")
     save(figure, rows, out, f"Mean and {INTERVALS}; below, the paper's mean and std at 2M frames.")
 
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
-    runs = drq.select(load_runs(a.runs, a.folder), a.envs, a.arms)
+    runs = drq.select(load_runs(a.runs, folder=a.folder), a.envs, a.arms)
     if a.kind == "table":
         table(runs, a.arms, a.out)
     else:

@@ -6,12 +6,12 @@
 # has as many weights as depth 16 and should lie below it (5.11, .64), 14,000 gradient steps at depth 4 take as long as
 # 6000 at depth 16 (5.10, .70). For the second maze and the second set of data: the same order, by at least 0.03.
 # SCALE=paper: 5 seeds, about 2 core-hours; small: seed 11 alone.
+sweep_name=crl_depth_offline_fig8 # the study is named, not the script
 source "$(dirname "$(realpath "$0")")/../common.sh"
-name=crl_depth_offline_fig8 # the study is named, not the script
 
 seeds=11 flags="" long=14000
 [ "$SCALE" != paper ] || seeds="11 12 13 14 15"
-[ "$SCALE" != smoke ] || { long=60 flags="--gradient-steps 40 --num-paths 64 --eval-every 20 --eval-episodes 16"; }
+[ "$SCALE" != smoke ] || { long=60 flags="--gradient-steps 40 --num-paths 64 --eval-every 20 --eval-episodes 32"; }
 few() { if [ "$SCALE" = smoke ]; then grep -E "^(depth4|depth32|width64|longer|data2-depth32|big_maze-depth32) "; else cat; fi; }
 for seed in $seeds; do # seed by seed: all arms of one are done before the next begins
   sweep studies/crl_depth_offline.py depth - "$seed" $flags < <(few < <(

@@ -109,6 +109,8 @@ def draw(runs, out) -> None:
         axis.set_title(title)
     maps = [run for run in runs if run.args["maze"] == "hardest_maze" and run.args["data_seed"] == 1]
     maps = [run for run in maps if (run.args["width"], run.args["gradient_steps"]) == (width, steps)]
+    if not maps:
+        raise SystemExit("error: no run has the critic's map in the hardest maze, at the smallest width")
     maps.sort(key=lambda run: (run.args["seed"], run.args["depth"]))
     maps = [run for run in maps if run.args["seed"] == maps[0].args["seed"]]
     draw_map(axes[3], maps[0])

@@ -84,7 +84,7 @@ def final(runs, tag=SCORE) -> tuple:
     return *(float(x[-1]) for x in mean_and_band(values)), steps[-1]
 
 
-def curves(runs, out, paper=None, tag=SCORE, label="steps at the goal", series=depth_of) -> None:
+def curves(runs, out, paper=None, tag="eval/time_at_goal", label="steps at the goal", series=depth_of) -> None:
     """Figs. 1 and 11: a panel per environment, a curve per depth (or method), the paper's end points as stars."""
     environments = group(runs, lambda run: run.args["env_id"])
     figure, axes = panels(len(environments))
@@ -399,7 +399,7 @@ def main() -> None:
     }  # fmt: skip
     if arguments.figure not in figures:
         raise SystemExit(f"error: unknown figure {arguments.figure}; known: {', '.join(figures)}")
-    figures[arguments.figure](load_runs(arguments.runs, arguments.folder), arguments.out)
+    figures[arguments.figure](load_runs(arguments.runs, folder=arguments.folder), arguments.out)
 
 
 if __name__ == "__main__":

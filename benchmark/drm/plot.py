@@ -22,6 +22,7 @@ from moviepy import VideoFileClip
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import (
     aligned_tasks,
+    arm,
     colours,
     comparable,
     frames_unit,
@@ -96,10 +97,10 @@ def behaviour(runs, at: list, out) -> None:
 def aggregate(runs, arms, out) -> None:
     """Fig. 1: the IQM of the evaluations' returns, with its 95% stratified bootstrap interval, over frames."""
     figure, (axis,) = panels(1, width=4.2)
-    runs = comparable(runs, drq.arm, "eval/episodic_return")
+    runs = comparable(runs, arm, "eval/episodic_return")
     rows, last = [], max(run.series("eval/episodic_return")[0].max(initial=0) for run in runs)
     size, unit = frames_unit(last)
-    members_of = group(runs, drq.arm)
+    members_of = group(runs, arm)
     for name in filter(members_of.get, arms):
         members = members_of[name]
         frames, tasks = aligned_tasks(members, "eval/episodic_return")
@@ -110,7 +111,7 @@ def aggregate(runs, arms, out) -> None:
         axis.fill_between(frames / size, low, high, color=color, alpha=0.2, linewidth=0)
         rows += [dict(arm=name, tasks=len(tasks), seeds=len(returns[0]), frames=int(f), iqm=m, low=lo, high=hi)
                  for f, m, lo, hi in zip(frames, mean, low, high)]  # fmt: skip
-    tasks, seeds = len(group(runs, task_of)), group(runs, lambda run: (drq.arm(run), task_of(run)))
+    tasks, seeds = len(group(runs, task_of)), group(runs, lambda run: (arm(run), task_of(run)))
     title = f"{tasks} task{'s' * (tasks > 1)}, {seeds_text(seeds.values())}"
     axis.set(title=title, xlabel=unit, ylabel="IQM of returns")
     axis.locator_params(axis="x", nbins=4)
@@ -135,9 +136,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
-    runs = drq.select(load_runs(a.runs, a.folder), a.envs, a.arms)
+    runs = drq.select(load_runs(a.runs, folder=a.folder), a.envs, a.arms)
     if a.kind == "behaviour":
-        first = [run for run in runs if (run.args["env_id"], drq.arm(run)) == (a.envs[0], a.arms[0])]
+        first = [run for run in runs if (run.args["env_id"], arm(run)) == (a.envs[0], a.arms[0])]
         behaviour(first, a.at, a.out)
     elif a.kind == "aggregate":
         aggregate(runs, a.arms, a.out)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plotting import (
     INTERVALS,
     aligned,
+    arm,
     colours,
     frames_unit,
     group,
@@ -88,11 +89,6 @@ PAPER = {
 }  # fmt: skip
 
 
-def arm(run) -> str:
-    """drqv2-paper-switch-on -> switch-on."""
-    return run.args["exp_name"].split("-", 2)[-1]
-
-
 def select(runs, envs, arms) -> list:
     """The runs of these tasks and arms. SystemExit where there is none."""
     chosen = [run for run in runs if run.args["env_id"] in envs and arm(run) in arms]
@@ -105,12 +101,12 @@ def full_tag(tag: str) -> str:
     return "eval/episodic_return" if tag == "return" else tag
 
 
-def name_of(arm: str) -> str:
+def name_of(name: str) -> str:
     """An arm in the paper's words: plain-reset9 -> no augmentation, 9 resets."""
     for pattern, words in SUFFIXES.items():
-        if found := re.search(pattern, arm):
-            return (name_of(arm[: found.start()]) if found.start() else "") + found.expand(words)
-    return f"primed, {name_of(arm[7:])}" if arm.startswith("primed-") else LABELS.get(arm, arm.replace("-", " "))
+        if found := re.search(pattern, name):
+            return (name_of(name[: found.start()]) if found.start() else "") + found.expand(words)
+    return f"primed, {name_of(name[7:])}" if name.startswith("primed-") else LABELS.get(name, name.replace("-", " "))
 
 
 def label_of(tag: str) -> str:
@@ -173,6 +169,8 @@ def note_of(rows, stars=STARS) -> str:
     """The footnote: what of all this the picture has."""
     kinds = {row["seeds"] for row in rows}
     notes = ["Returns: evaluations."] * any(row["tag"] == "return" for row in rows)
+    training = any(row["tag"] == "charts/episodic_return" for row in rows)
+    notes += ["Returns of training episodes: interpolated between a seed's episodes."] * training
     notes += [f"Bands: {INTERVALS}."] * any(kind not in (1, "paper", "event") for kind in kinds)
     ends = {}
     for row in (row for row in rows if row["seeds"] not in ("paper", "event")):
@@ -308,7 +306,7 @@ def main() -> None:
         rows = [row for row in rows if not a.envs or row["env_id"] in a.envs]
         curves(rows, a.arms, a.out, "published curves of DrQ-v2" if "drqv2" in a.arms else STARS)
         return
-    runs = select(load_runs(a.runs, a.folder), a.envs, a.arms)
+    runs = select(load_runs(a.runs, folder=a.folder), a.envs, a.arms)
     if a.kind in ("bars", "tasks"):
         runs = logged(runs, full_tag("return"))
     if a.kind == "bars":

@@ -7,12 +7,6 @@ source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES17" 2500000
-ratios="0.25 0.5 1 2"
-[ "$SCALE" = paper ] || ratios="0.25 1"
-sweep redo_dqn_atari.py redo_fig10a "$envs" "$seeds" $flags < <(
-  for ratio in $ratios; do
-    echo "rr$ratio-dqn --method dqn --replay-ratio $ratio"
-    echo "rr$ratio-redo --method redo --replay-ratio $ratio"
-  done
-)
-draw benchmark/redo_dqn_atari/plot.py fig10a --runs "redo_fig10a-$SCALE-*"
+headline_runs
+methods_by_ratio redo_fig10a "0.25 0.5 2"
+draw benchmark/redo_dqn_atari/plot.py fig10a --runs "redo_fig10a-$SCALE-*" "redo_fig1-$SCALE-dqn" "redo_fig1-$SCALE-redo"

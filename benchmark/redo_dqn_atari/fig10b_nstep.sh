@@ -7,13 +7,5 @@ source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES17" 2500000
-ratios="0.25 0.5 1 2"
-[ "$SCALE" = paper ] || ratios="0.25 1"
-flags="$flags --n-step 3"
-sweep redo_dqn_atari.py redo_fig10b "$envs" "$seeds" $flags < <(
-  for ratio in $ratios; do
-    echo "rr$ratio-dqn --method dqn --replay-ratio $ratio"
-    echo "rr$ratio-redo --method redo --replay-ratio $ratio"
-  done
-)
+methods_by_ratio redo_fig10b "0.25 0.5 1 2" --n-step 3
 draw benchmark/redo_dqn_atari/plot.py fig10b --runs "redo_fig10b-$SCALE-*"

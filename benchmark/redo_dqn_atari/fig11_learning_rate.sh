@@ -5,11 +5,9 @@ source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES17" 2500000
-flags="$flags --replay-ratio 1"
-sweep redo_dqn_atari.py redo_fig11 "$envs" "$seeds" $flags < <(
-  echo "dqn --method dqn"
-  echo "redo --method redo"
+headline_runs
+sweep redo_dqn_atari.py redo_fig11 "$envs" "$seeds" $flags --replay-ratio 1 < <(
   echo "dqn-lr4 --method dqn --learning-rate 1.5625e-5"
   echo "redo-lr4 --method redo --learning-rate 1.5625e-5"
 )
-draw benchmark/redo_dqn_atari/plot.py fig11 --runs "redo_fig11-$SCALE-*"
+draw benchmark/redo_dqn_atari/plot.py fig11 --runs "redo_fig11-$SCALE-*" "redo_fig1-$SCALE-dqn" "redo_fig1-$SCALE-redo"

@@ -5,14 +5,14 @@ source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers "$GAMES17" 2500000
-flags="$flags --replay-ratio 1"
-widths="1 2 4"
-[ "$SCALE" = paper ] || widths="1 2"
-[ "$SCALE" != smoke ] || widths="0.25 0.5"
-sweep redo_dqn_atari.py redo_fig12 "$envs" "$seeds" $flags < <(
+headline_runs
+widths="2 4"
+[ "$SCALE" = paper ] || widths=2
+[ "$SCALE" != smoke ] || widths=0.5
+sweep redo_dqn_atari.py redo_fig12 "$envs" "$seeds" $flags --replay-ratio 1 < <(
   for width in $widths; do
     echo "x$width-dqn --method dqn --width $width"
     echo "x$width-redo --method redo --width $width"
   done
 )
-draw benchmark/redo_dqn_atari/plot.py fig12 --runs "redo_fig12-$SCALE-*"
+draw benchmark/redo_dqn_atari/plot.py fig12 --runs "redo_fig12-$SCALE-*" "redo_fig1-$SCALE-dqn" "redo_fig1-$SCALE-redo"

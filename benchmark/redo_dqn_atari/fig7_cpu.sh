@@ -11,5 +11,5 @@
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
-old_runs
+old_runs redo-rr1 rr2 rr0.25 rr1
 draw benchmark/redo_dqn_atari/plot.py fig7_cpu --runs "redo_old-$SCALE-*"

@@ -30,15 +30,18 @@ def film(run_dir: Path, max_steps: int = 4500) -> Path:
     agent = redo.DQNAgent(num_actions, args)
     agent.load_state_dict(torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["agent"])
     first_episode = redo.episode_seed(args.seed, 0, 0)
-    obs, _ = redo.reset_envs(grey, args, torch.Generator().manual_seed(first_episode))
+    obs, info = redo.reset_envs(grey, args, torch.Generator().manual_seed(first_episode))
     picture, _ = redo.reset_envs(colour, args, torch.Generator().manual_seed(first_episode))
     rng = torch.Generator().manual_seed(redo.episode_seed(args.seed, 3))
-    frames, done = [], False
+    frames, done, lost_life = [], False, False
     while not done and len(frames) < max_steps:
         frames.append(picture[0, 0].repeat(2, axis=0).repeat(2, axis=1))
         action = redo.act(agent.q_network, obs, args.eval_epsilon, num_actions, rng, cpu)
-        picture = colour.step(action)[0]
-        obs, _, terminated, truncated, _ = grey.step(action)
+        if args.fire_reset and lost_life:
+            action[:] = redo.fire_action(grey)
+        lives, picture = info["lives"][0], colour.step(action)[0]
+        obs, _, terminated, truncated, info = grey.step(action)
+        lost_life = info["lives"][0] < lives
         done = bool(terminated[0] | truncated[0])
     clip = ImageSequenceClip(frames, fps=60 / redo.ACTION_REPEAT)
     clip.write_videofile(str(run_dir / "episode.mp4"), logger=None)

@@ -8,13 +8,15 @@
 # With the Adam of its run the old network should differ little: Adam forgets its old moments within some 1000 steps.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
-old_runs
+old=rr2
+[ "$SCALE" != paper ] || old=rr1
+old_runs redo-rr1 $old rr0.25
 wait
 extra=() # EXTRA has flags of redo_dqn_atari.py
 
-old=rr2 flags="--gradient-steps 30000 --precision float32"
-[ "$SCALE" != paper ] || old=rr1 flags=""
-[ "$SCALE" != smoke ] || flags="--gradient-steps 100 --look-every-gradient-steps 20 --dormant-batch-size 32"
+flags="--gradient-steps 30000 --precision float32"
+[ "$SCALE" != paper ] || flags=""
+[ "$SCALE" != smoke ] || flags="--gradient-steps 100 --measure-every-gradient-steps 20 --dormant-batch-size 32"
 for seed in $seeds; do
   sweep studies/redo_offline.py redo_fig8 - "$seed" --targets teacher --replay "$(old_run redo-rr1 "$seed")" $flags < <(
     echo "new"

@@ -7,13 +7,14 @@ states they are measured on, at the beginning and at the end: a PNG with the CSV
 its --exp-name.
 """
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import INTERVALS, aligned, asked, group, mean_and_band, panels, save, seeds_text
+from plotting import INTERVALS, aligned, arm, asked, group, mean_and_band, panels, save, seeds_text
 
 DORMANT, LOSS, BY_STATES = "dormant_ratio_tau0/all", "losses/td", "dormant_by_states_tau0/"
 STATES = ("oldest", "replay", "newest", "noise")
@@ -23,16 +24,11 @@ ARMS = {
     "monte-carlo": ("Monte-Carlo returns", "C2"), "old": ("old network", "C0"), "new": ("new network", "C1"),
     "old-adam": ("old network, its Adam", "C2"), "old-rr0.25": ("old network, replay ratio 0.25", "C4"),
 }  # fmt: skip
-# The paper's numbers at its end, DemonAttack
+# The paper's numbers at its end: (game, tag) -> arm -> number
 PAPER = {
-    DORMANT: {"bootstrapped": 0.34, "random": 0.25, "old": 0.98, "new": 0.48},
-    LOSS: {"old": 0.7, "new": 0.1},
-}
-
-
-def arm(run) -> str:
-    """redo_fig8-small-old-adam -> old-adam."""
-    return run.args["exp_name"].split("-", 2)[-1]
+    ("DemonAttack", DORMANT): {"bootstrapped": 0.34, "random": 0.25, "old": 0.98, "new": 0.48},
+    ("DemonAttack", LOSS): {"old": 0.7, "new": 0.1}, ("Asterix", DORMANT): {"bootstrapped": 0.54, "random": 0.20},
+}  # fmt: skip
 
 
 def style(name: str, arms) -> tuple:
@@ -40,7 +36,7 @@ def style(name: str, arms) -> tuple:
     return ARMS.get(name, (name, f"C{3 + list(arms).index(name)}"))
 
 
-def draw_curves(axis, arms, tag, smoke) -> list:
+def draw_curves(axis, arms, tag, game) -> list:
     """One tag over gradient steps, a line per arm -> rows of the CSV."""
     rows = []
     for name, runs in arms.items():
@@ -49,7 +45,7 @@ def draw_curves(axis, arms, tag, smoke) -> list:
         mean, low, high = mean_and_band(values)
         axis.plot(steps / 1000, mean, color=color, label=label)
         axis.fill_between(steps / 1000, low, high, color=color, alpha=0.2, linewidth=0)
-        paper = None if smoke else PAPER[tag].get(name)
+        paper = PAPER.get((game, tag), {}).get(name)
         if paper is not None:
             axis.plot(1.02, paper, "*", color=color, ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
         for step, m, lo, hi in zip(steps, mean, low, high):
@@ -60,7 +56,7 @@ def draw_curves(axis, arms, tag, smoke) -> list:
 
 
 def draw_states(axis, arms) -> list:
-    """Dormant neurons at the first look (light) and the last, a group of bars per kind of states -> rows."""
+    """Dormant neurons at the first measurement (light) and the last, a group of bars per kind of states -> rows."""
     rows, width = [], 0.8 / len(arms)
     for i, (name, runs) in enumerate(arms.items()):
         for j, states in enumerate(STATES):
@@ -75,7 +71,7 @@ def draw_states(axis, arms) -> list:
                                  mean=mean, low=low, high=high, paper=None))  # fmt: skip
     axis.set_xticks(np.arange(len(STATES)), STATES)
     axis.set(
-        xlabel="states looked at",
+        xlabel="states measured on",
         ylabel="dormant neurons (tau = 0)",
         title="by input distribution; light: at the start",
     )
@@ -84,18 +80,19 @@ def draw_states(axis, arms) -> list:
 
 def draw(runs, out) -> None:
     arms = group(runs, arm)
-    smoke = any("-smoke-" in run.args["exp_name"] for run in runs)
+    (game,) = {re.search(r"ALE-(\w+)-v5", run.args["replay"])[1] for run in runs}
+    game = None if any("-smoke-" in run.args["exp_name"] for run in runs) else game  # no stars beside a smoke run
     figure, axes = panels(3, width=4.0, height=3.0, columns=3)
-    rows = draw_curves(axes[0], arms, DORMANT, smoke)
+    rows = draw_curves(axes[0], arms, DORMANT, game)
     axes[0].set(ylabel="dormant neurons (tau = 0)", title=seeds_text(arms.values()))
     axes[0].set_ylim(bottom=0)
-    rows += draw_curves(axes[1], arms, LOSS, smoke)
+    rows += draw_curves(axes[1], arms, LOSS, game)
     axes[1].set(ylabel="loss", yscale="log")
     axes[1].legend(frameon=False, fontsize=7)
     rows += draw_states(axes[2], arms)
     note = f"Bands and bars: {INTERVALS}."
-    paper = " Stars: the paper at its end (DemonAttack; Nature network; Fig. 8: tau is not said)."
-    save(figure, rows, out, note + ("" if smoke else paper))
+    stars = any(row["paper"] is not None for row in rows)
+    save(figure, rows, out, note + f" Stars: the paper at its end, {game} (Fig. 8: tau is not said)." * stars)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ it ends. A run's line is named by the end of its --exp-name.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from plotting import (
     INTERVALS,
     aligned,
     aligned_tasks,
+    arm,
     colours,
     comparable,
     group,
@@ -29,6 +31,7 @@ from plotting import (
     mean_and_band,
     panels,
     save,
+    seeds_of,
     seeds_text,
     stratified_bootstrap,
 )
@@ -37,8 +40,7 @@ RETURN, RANK = "eval/episodic_return", "feature_rank/dense"
 TD_LOSS, Q_CHANGE, ALIVE = "losses/td", "events/redo_q_change", "events/alive"
 DORMANT = "dormant_ratio_tau{}/all"
 DORMANT_ACTOR, DORMANT_CRITIC = "dormant_ratio_tau0/actor", "dormant_ratio_tau0/critics"
-BANDS = f"Bands: {INTERVALS}; IQM: stratified over runs x games."
-STARS = " Stars: the paper, at its end (aggregates: over all its games)."
+STARS = "Stars: the paper, at its end (aggregates: over all its games)."
 ARMS = {"least": "least active", "most": "most active", "cbp": "least useful (CBP)", "redo": "ReDo", "sac": "SAC",
         "dqn": "DQN", "drq": "DrQ(eps)",
         "reset": "resets", "weight-decay": "weight decay"}  # fmt: skip
@@ -83,17 +85,14 @@ PAPER_FIG18 = ({"Ant-v5": {"sac": 0.10}}, {"Ant-v5": {"sac": 0.17}})
 PAPER_TABLE6 = {"Ant-v5": {"x0.25-sac": 2016, "x0.25-redo": 2115, "x0.5-sac": 3964, "x0.5-redo": 4472}}
 PAPER_ATARI_TABLE = {"static0.5": 0.423, "static1": 0.413, "static2": 0.351, "redo": 0.423, "adaptive": 0.558}
 PAPER_FIG11 = {"dqn": 0.30, "redo": 0.625}, {"dqn": 0.47, "dqn-lr4": 0.40, "redo": 0.10}
-PAPER_FIG12 = ({"x1-dqn": 0.30, "x2-dqn": 0.375, "x4-dqn": 0.33, "x1-redo": 0.625, "x2-redo": 0.695, "x4-redo": 0.71},
-               {"x1-dqn": 0.47, "x2-dqn": 0.52, "x4-dqn": 0.55, "x1-redo": 0.115})  # fmt: skip
+PAPER_FIG12 = (
+    {"dqn": 0.30, "x2-dqn": 0.375, "x4-dqn": 0.33, "redo": 0.625, "x2-redo": 0.695, "x4-redo": 0.71},
+    {"dqn": 0.47, "x2-dqn": 0.52, "x4-dqn": 0.55, "redo": 0.115, "x2-redo": 0.115, "x4-redo": 0.115},
+)
 PAPER_TABLE7 = {"dqn": 449.2, "redo": 470.8}
 PAPER_FIG15 = {"ALE/DemonAttack-v5": {"least": 3500, "random": 500, "most": 0},
                "ALE/Asterix-v5": {"least": 2200, "random": 500, "most": 500}}  # fmt: skip
 PAPER_FIG13 = {"dqn": 690, "redo": 4580, "reset": 2950, "weight-decay": 1210}
-
-
-def arm(run) -> str:
-    """redo_fig1-paper-weight-decay -> weight-decay."""
-    return run.args["exp_name"].split("-", 2)[-1]
 
 
 def normalised(run_returns: np.ndarray, env_id: str) -> np.ndarray:
@@ -112,9 +111,17 @@ def label_of(tag: str) -> str:
     return LABELS.get(tag, tag)
 
 
+def name_of(name: str) -> str:
+    """An arm in words: x2-redo -> ReDo, width x 2."""
+    if found := re.fullmatch(r"rr([\d.]+)", name):
+        return f"replay ratio {found[1]}"
+    if found := re.fullmatch(r"x([\d.]+)-(.+)", name):
+        return f"{name_of(found[2])}, width x {found[1]}"
+    return ARMS.get(name, name)
+
+
 def draw_line(axis, x, mean, low, high, name, color, star=None) -> None:
-    label = f"replay ratio {name[2:]}" if name[:2] == "rr" and name[2:3].isdigit() else ARMS.get(name, name)
-    axis.plot(x, mean, "o" if len(x) == 1 else "-", color=color, label=label)
+    axis.plot(x, mean, "o" if len(x) == 1 else "-", color=color, label=name_of(name))
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     if star is not None:
         axis.plot(1.02, star, "*", color=color, ms=9, transform=axis.get_yaxis_transform(), clip_on=False)
@@ -170,7 +177,11 @@ def about(runs) -> str:
 
 
 def note_of(rows) -> str:
-    return BANDS + STARS * any(row["paper"] is not None for row in rows)
+    """The footnote: what of all this the picture has."""
+    notes = [f"Bands: {INTERVALS}."] * any(row["seeds"] != 1 and row.get("tag", "iqm") != "iqm" for row in rows)
+    notes += ["IQM and means over games: 95% stratified bootstrap intervals over runs x games."] * any(
+        row.get("tag", "iqm") == "iqm" for row in rows)  # fmt: skip
+    return " ".join(notes + [STARS] * any(row["paper"] is not None for row in rows))
 
 
 def draw_aggregate(axis, runs, paper) -> list:
@@ -183,7 +194,7 @@ def draw_aggregate(axis, runs, paper) -> list:
         mean = iqm(games)
         draw_line(axis, frames / 1e6, mean, low, high, name, colours(arms)[name], paper.get(name))
         rows += [
-            dict(env_id=f"{len(games)} games", arm=name, tag="iqm", seeds=len(games[0]), frames=int(f), x=f / 1e6,
+            dict(env_id=f"{len(games)} games", arm=name, tag="iqm", seeds=seeds_of(games), frames=int(f), x=f / 1e6,
                  mean=m, low=lo, high=hi, paper=paper.get(name))
             for f, m, lo, hi in zip(frames, mean, low, high)
         ]  # fmt: skip
@@ -223,7 +234,7 @@ def by_replay_ratio(runs, out, paper, ticks=(0.25, 0.5, 1, 2)) -> None:
     for (method, ratio), games in last.items():
         low, high = stratified_bootstrap(games, iqm)
         known = dict(zip(ticks, paper[method])).get(ratio)
-        rows.append(dict(method=method, replay_ratio=ratio, games=len(games), seeds=len(games[0]), frames=end,
+        rows.append(dict(method=method, replay_ratio=ratio, games=len(games), seeds=seeds_of(games), frames=end,
                          iqm=iqm(games)[0], low=low[0], high=high[0], paper=known))  # fmt: skip
     methods = dict.fromkeys(row["method"] for row in rows)
     for method in methods:
@@ -236,7 +247,7 @@ def by_replay_ratio(runs, out, paper, ticks=(0.25, 0.5, 1, 2)) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     finish(axis, f"{about(runs)}, at {end:,} frames", "IQM of human-normalised scores", "replay ratio")
-    save(figure, rows, out, BANDS + STARS)
+    save(figure, rows, out, note_of(rows))
 
 
 def final_scores(runs, out, paper) -> None:
@@ -252,11 +263,11 @@ def final_scores(runs, out, paper) -> None:
         axis.errorbar(i, mean, [[mean - low[0]], [high[0] - mean]], color="0.3")
         axis.plot(i, paper[name], "k*", ms=9)
         median = np.median([game.mean() for game in games])
-        rows.append(dict(arm=name, games=len(games), seeds=len(games[0]), frames=end, median=median, mean=mean,
+        rows.append(dict(arm=name, games=len(games), seeds=seeds_of(games), frames=end, median=median, mean=mean,
                          low=low[0], high=high[0], paper=paper[name]))  # fmt: skip
     axis.set_xticks(range(len(last)), [ARMS.get(name, name) for name in last])
     axis.set(title=f"{about(runs)}, at {end:,} frames", ylabel="mean human-normalised score")
-    save(figure, rows, out, BANDS + STARS)
+    save(figure, rows, out, note_of(rows))
 
 
 def demon_attack(runs) -> list:
@@ -309,11 +320,11 @@ FIGURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=FIGURES)
-    parser.add_argument("--runs", required=True, help="a shell pattern of --exp-name")
+    parser.add_argument("--runs", required=True, nargs="+", help="shell patterns of --exp-name")
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     arguments = parser.parse_args()
-    FIGURES[arguments.figure](load_runs(arguments.runs, arguments.folder), arguments.out)
+    FIGURES[arguments.figure](load_runs(*arguments.runs, folder=arguments.folder), arguments.out)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,30 @@ atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets 
   esac
 }
 
-baseline_runs() { # Figs. 1 and 13
-  atari_tiers "$GAMES17" 2500000
+headline_runs() { # DQN and ReDo at replay ratio 1, for these envs: Figs. 1, 10a, 11, 12, 13, Table 7
   sweep redo_dqn_atari.py redo_fig1 "$envs" "$seeds" $flags --replay-ratio 1 < <(
     echo "dqn --method dqn"
     echo "redo --method redo"
+  )
+}
+
+baseline_runs() { # Figs. 1 and 13
+  atari_tiers "$GAMES17" 2500000
+  headline_runs
+  sweep redo_dqn_atari.py redo_fig1 "$envs" "$seeds" $flags --replay-ratio 1 < <(
     echo "reset --method reset"
     echo "weight-decay --method dqn --weight-decay 1e-5"
+  )
+}
+
+methods_by_ratio() { # methods_by_ratio NAME "RATIOS" [flags ...]: Fig. 10; 0.5 and 2 at paper scale alone
+  local name=$1 ratios=" $2 " ratio method
+  shift 2
+  [ "$SCALE" = paper ] || ratios=${ratios/ 0.5 / } ratios=${ratios/ 2 / }
+  sweep redo_dqn_atari.py "$name" "$envs" "$seeds" $flags "$@" < <(
+    for ratio in $ratios; do
+      for method in dqn redo; do echo "rr$ratio-$method --method $method --replay-ratio $ratio"; done
+    done
   )
 }
 
@@ -44,27 +61,30 @@ ratio_runs() { # ratio_runs "GAMES at paper scale": Figs. 7 and 16
   )
 }
 
-old_runs() { # Fig. 7 on two cores. Figs. 4 and 8 use what these runs leave: the replays of rr0.25 and redo-rr1, the networks
+old_runs() { # old_runs ARM ...: Fig. 7 on two cores; Figs. 4 and 8 learn from their replays (rr0.25, redo-rr1) and networks
+  local arms=$*
   seeds="1 2 3" envs=ALE/Asterix-v5
   local flags="--total-timesteps 40000 --learning-starts 5000 --exploration-steps 20000 --target-network-frequency 1000
     --width 0.25 --padding valid --precision float32 --eval-every 20000 --eval-steps 5000 --eval-envs 4
     --dormant-every 2500 --checkpoint-every 10000"
   [ "$SCALE" != smoke ] || seeds=1 flags="$ATARI_SMOKE_ALL --padding valid"
   [ "$SCALE" != paper ] || seeds="1 2 3 4 5" envs=ALE/DemonAttack-v5 flags="--total-timesteps 10000000"
-  local seed
+  local seed arm
   for seed in $seeds; do # seed by seed: all arms of one are done before the next begins
     sweep redo_dqn_atari.py redo_old "$envs" "$seed" $flags < <(
-      echo "redo-rr1 --method redo --replay-ratio 1 --checkpoint-replay always"
-      echo "rr2 --method dqn --replay-ratio 2"
-      echo "rr0.25 --method dqn --checkpoint-replay always"
-      echo "rr1 --method dqn --replay-ratio 1"
+      for arm in $arms; do
+        case $arm in
+          redo-rr1) echo "$arm --method redo --replay-ratio 1 --checkpoint-replay always" ;;
+          rr0.25) echo "$arm --method dqn --checkpoint-replay always" ;;
+          *) echo "$arm --method dqn --replay-ratio ${arm#rr}" ;;
+        esac
+      done
     )
   done
 }
 
-old_run() { # old_run ARM SEED: the folder of that run of old_runs, or a pattern of it where it has not begun
-  local folders=(runs/"${envs//\//-}__redo_old-$SCALE-$1__${2}__"*/)
-  echo "${folders[-1]}"
+old_run() { # old_run ARM SEED: the folder of that run of old_runs
+  run_folder "$envs" "redo_old-$SCALE-$1" "$2"
 }
 
 sac_tiers() { # sac_tiers "TASKS at paper scale": sets seeds, envs and flags for this SCALE

@@ -15,7 +15,7 @@ sweep studies/redo_sac.py redo_sac9 "$envs" "$seeds" $flags < <(
 )
 wait
 for seed in $seeds; do
-  failed=(runs/"${envs//\//-}__redo_sac9-$SCALE-rr9__${seed}__"*/) # a pattern where that run has not begun
-  sweep studies/redo_sac.py redo_sac9 "$envs" "$seed" ${flags/--learning-starts 300/} < <(echo "new --replay-from ${failed[-1]}")
+  failed=$(run_folder "$envs" "redo_sac9-$SCALE-rr9" "$seed")
+  sweep studies/redo_sac.py redo_sac9 "$envs" "$seed" ${flags/--learning-starts 300/} < <(echo "new --replay-from $failed")
 done
 draw benchmark/redo_dqn_atari/plot.py sac_priming --runs "redo_sac9-$SCALE-*"

@@ -10,8 +10,8 @@
 #   relabelled: a rise by 5 to 15 points at every change, less in between; accuracy returns to 0.8 in every phase
 #   ReDo: less than half as many as without at the end of every phase; no lower accuracy
 # SCALE=paper: 5 seeds; small: seed 1 alone; both with all 10,000 images and 100 epochs, 5 minutes a run on a free core.
+sweep_name=redo_supervised_fig3 # the study is named, not the script
 source "$(dirname "$(realpath "$0")")/../common.sh"
-name=redo_supervised_fig3 # the study is named, not the script
 
 seeds=1 flags="" period="" redo="--redo"
 [ "$SCALE" != paper ] || seeds="1 2 3 4 5"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plotting import INTERVALS, aligned, asked, group, mean_and_band, panels, save, seeds_text
+from plotting import INTERVALS, aligned, arm, asked, group, mean_and_band, panels, save, seeds_text
 
 DORMANT, ACCURACY = "dormant_ratio_tau0/all", "charts/accuracy"
 LABELS = {DORMANT: "dormant neurons (tau = 0)", ACCURACY: "training accuracy"}
@@ -23,11 +23,6 @@ ROWS = {
 # The paper's dormant neurons by epoch, read from its figure: at the beginning, after each change, at the end
 PAPER_SHUFFLED = {20: 0.29, 40: 0.41, 60: 0.39, 80: 0.44, 100: 0.32}
 PAPER = {"fixed": {0: 0.09, 100: 0.007}, "shuffled": PAPER_SHUFFLED, "relabelled": PAPER_SHUFFLED}
-
-
-def arm(run) -> str:
-    """redo_supervised-paper-shuffled-redo -> shuffled-redo."""
-    return run.args["exp_name"].split("-", 2)[-1]
 
 
 def draw_panel(axis, arms, names, tag, smoke) -> list:

@@ -5,9 +5,5 @@ source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
 atari_tiers ALE/DemonAttack-v5 2500000
-flags="$flags --replay-ratio 1"
-sweep redo_dqn_atari.py redo_fig1 "$envs" "$seeds" $flags < <(
-  echo "dqn --method dqn"
-  echo "redo --method redo"
-)
+headline_runs
 draw benchmark/redo_dqn_atari/plot.py table7 --runs "redo_fig1-$SCALE-*"
