@@ -1108,8 +1108,7 @@ class Run:
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # the format wants even numbers
         try:
             path.parent.mkdir(exist_ok=True)
-            clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=25)
-            clip.write_videofile(str(path), logger=None)
+            ImageSequenceClip([f[:height, :width] for f in frames], fps=25).write_videofile(str(path), logger=None)
             self.writer.add_text("eval/film", str(path), global_step)
         except OSError as error:  # Ctrl-C, for instance, ends ffmpeg, too
             self.say(f"no film of step {global_step}: {str(error)[:200]}")
@@ -1151,8 +1150,7 @@ class Run:
             refuse("total_timesteps", self.args.total_timesteps, "the run has already taken more steps")
         (self.dir / "summary.json").unlink(missing_ok=True)  # until it has finished again
         if "replay" not in content and self.counters["global_step"] < self.args.total_timesteps:
-            wait = f"for {self.args.learning_starts} steps"
-            self.say(f"the checkpoint contains no replay: it is refilled before learning goes on, {wait}")
+            self.say("the checkpoint contains no replay: it is refilled before learning goes on (--learning-starts)")
 
     def finish(self, module: nn.Module, results: dict) -> None:
         """The results of a run that took all its steps; `save` writes them. module: what --save-model saves."""
