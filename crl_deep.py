@@ -472,7 +472,7 @@ class Replay:
 
         Every environment gives one random window of consecutive time steps (more if one is too few). All steps but a
         window's last are anchors, shuffled and cut into batches: no anchor of a window comes twice.
-        A goal lies in its anchor's episode and window.
+        A goal lies in its anchor's episode and window. `train`'s windows are as long as an episode, and straddle them.
         """
         needed = num_batches * batch_size
         windows = -(-needed // (self.num_envs * (window - 1)))
@@ -835,9 +835,9 @@ def train(args: Args) -> Path:
 
     parts = dict(agent=agent, replay=replay, envs=envs, history=history)
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    run = Run(args, device, parts, global_step=0, gradient_steps=0, next_eval=0)
+    run = Run(args, device, parts, global_step=0, gradient_steps=0, next_eval=0)  # logs, saves
     global_step, gradient_steps, next_eval = run.counters.values()  # not 0 in a resumed run
-    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
     first_update = gradient_steps
     steps = args.num_envs * args.unroll_length  # of a training step
 

@@ -179,7 +179,7 @@ EPISODE_LIMIT = 1000  # steps of an episode in an environment that sets no limit
 
 
 # === Environment ======================================================================================================
-def episode_seed(*numbers: int) -> int:
+def derived_seed(*numbers: int) -> int:
     """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
     numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -187,7 +187,7 @@ def episode_seed(*numbers: int) -> int:
 
 def random_stream(seed: int, number: int) -> torch.Generator:
     """A CPU generator of its own for each purpose, so that drawing for one does not change another."""
-    return torch.Generator().manual_seed(episode_seed(seed, 2, number))
+    return torch.Generator().manual_seed(derived_seed(seed, 2, number))
 
 
 def to_pixels(frame: np.ndarray, image_size: int) -> np.ndarray:
@@ -281,7 +281,7 @@ class PixelReplay:
             self.num_starts += 1
         self.num_frames += 1
         self.num_steps += self.age > 0  # an episode's first frame is none
-        oldest = self.num_frames - self.capacity  # frame in a full ring; a start needs its whole stack there
+        oldest = self.num_frames - self.capacity  # the oldest frame of a full ring; a start needs its whole stack
         while len(self) and oldest > max(0, self.start[self.oldest_start % self.capacity] - self.stack + 1):
             self.oldest_start += 1
 
@@ -479,7 +479,7 @@ class DrMAgent(DrQv2Agent):
         super().__init__(action_dim, args)
         with torch.random.fork_rng(devices=[]):  # V has its own random stream: DrQ-v2's draws stay the same
             self.value = Value(self.encoder.feature_size, args.feature_dim, args.hidden_dim)
-            torch.default_generator.manual_seed(episode_seed(args.seed, 2, 4))
+            torch.default_generator.manual_seed(derived_seed(args.seed, 2, 4))
             self.value.apply(init_layer)
         self.register_buffer("dormant_ratio", torch.ones(()))
         self.register_buffer("awaken_step", torch.full((), math.inf))
@@ -677,12 +677,12 @@ def act(agent, obs, stddev: float, uniform: bool, generator) -> np.ndarray:
     return (random_action if uniform else noisy.clamp(-ACTION_LIMIT, ACTION_LIMIT)).numpy()
 
 
-def sample_batch(replay, clock, args, generator, device) -> list:
+def sample_batch(replay, step, args, generator, device) -> list:
     """What `update` learns from: a batch from the replay, augmented, and the step (0-d)."""
     obs, action, reward, discount, next_obs = (x.to(device) for x in replay.sample(args.batch_size, generator))
     obs = random_shift(obs, args.shift_pad)
     next_obs = random_shift(next_obs, args.shift_pad)
-    return [obs, action, reward, discount, next_obs, clock]
+    return [obs, action, reward, discount, next_obs, step]
 
 
 def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
@@ -691,7 +691,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
     episodes = []  # [return, length, steps with success]
     while len(episodes) < args.eval_episodes:
         run.bar.set_description(f"evaluating {len(episodes) + 1} of {args.eval_episodes}")
-        seeds = [episode_seed(args.seed, 1, number, len(episodes) + i) for i in range(envs.num_envs)]
+        seeds = [derived_seed(args.seed, 1, number, len(episodes) + i) for i in range(envs.num_envs)]
         result = envs.reset(seeds)
         if result is None:
             return None
@@ -748,12 +748,12 @@ def train(args: Args) -> Path:
 
     parts = dict(agent=agent, replay=replay, batch_rng=batch_rng, act_rng=act_rng, perturb_rng=perturb_rng)
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)
+    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
-    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
     learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if the replay is refilled
     first_update = gradient_steps
-    clock_type = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    step_type = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     envs = Environments(args, 1, run)
     eval_envs = Environments(args, min(args.eval_episodes, os.cpu_count()), run)
 
@@ -773,7 +773,7 @@ def train(args: Args) -> Path:
             break
         if run.checkpoint_due(global_step):
             run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
-        result = envs.reset([episode_seed(args.seed, 0, episode)])
+        result = envs.reset([derived_seed(args.seed, 0, episode)])
         if result is None or run.stopped:
             continue
 
@@ -783,8 +783,8 @@ def train(args: Args) -> Path:
         episode_return, done, sums = 0.0, False, {}
         while not (done or run.stopped or global_step == args.total_timesteps):
             # Act: the environment plays this step in its own process ...
-            clock = torch.full((), global_step, dtype=clock_type, device=device)
-            stddev = float(noise_std(agent, clock, args))
+            step = torch.full((), global_step, dtype=step_type, device=device)
+            stddev = float(noise_std(agent, step, args))
             action = act(agent, replay.newest().to(device), stddev, global_step < args.exploration_steps, act_rng)
             run.check_finite({"the actor's output": action.sum()}, global_step)
             if run.stopped:
@@ -799,7 +799,7 @@ def train(args: Args) -> Path:
             # Learn: ... while the networks learn from the steps before it
             if global_step >= learning_from and len(replay):
                 for _ in range(updates_due(global_step, args.replay_ratio)):
-                    metrics = learn(sample_batch(replay, clock, args, batch_rng, device))
+                    metrics = learn(sample_batch(replay, step, args, batch_rng, device))
                     sums = {tag: value + sums.get(tag, 0) for tag, value in metrics.items()}
                     gradient_steps += 1
 

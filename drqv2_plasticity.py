@@ -178,7 +178,7 @@ TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons
 
 
 # === Environment ======================================================================================================
-def episode_seed(*numbers: int) -> int:
+def derived_seed(*numbers: int) -> int:
     """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
     numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -186,7 +186,7 @@ def episode_seed(*numbers: int) -> int:
 
 def random_stream(seed: int, number: int) -> torch.Generator:
     """A CPU generator of its own for each purpose, so that drawing for one does not change another."""
-    return torch.Generator().manual_seed(episode_seed(seed, 2, number))
+    return torch.Generator().manual_seed(derived_seed(seed, 2, number))
 
 
 def to_pixels(frame: np.ndarray, image_size: int) -> np.ndarray:
@@ -280,7 +280,7 @@ class PixelReplay:
             self.num_starts += 1
         self.num_frames += 1
         self.num_steps += self.age > 0  # an episode's first frame is none
-        oldest = self.num_frames - self.capacity  # frame in a full ring; a start needs its whole stack there
+        oldest = self.num_frames - self.capacity  # the oldest frame of a full ring; a start needs its whole stack
         while len(self) and oldest > max(0, self.start[self.oldest_start % self.capacity] - self.stack + 1):
             self.oldest_start += 1
 
@@ -808,7 +808,7 @@ def evaluate(agent, envs, args, number: int, device, run) -> dict | None:
     episodes = []  # [return, length, steps with success]
     while len(episodes) < args.eval_episodes:
         run.bar.set_description(f"evaluating {len(episodes) + 1} of {args.eval_episodes}")
-        seeds = [episode_seed(args.seed, 1, number, len(episodes) + i) for i in range(envs.num_envs)]
+        seeds = [derived_seed(args.seed, 1, number, len(episodes) + i) for i in range(envs.num_envs)]
         result = envs.reset(seeds)
         if result is None:
             return None
@@ -866,9 +866,9 @@ def train(args: Args) -> Path:
     parts = dict(agent=agent, replay=replay)
     parts |= dict(batch_rng=batch_rng, act_rng=act_rng, edit_rng=edit_rng, measure_rng=measure_rng)
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)
+    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
-    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
     learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if the replay is refilled
     first_update = gradient_steps
     envs = Environments(args, 1, run)
@@ -888,7 +888,7 @@ def train(args: Args) -> Path:
             break
         if run.checkpoint_due(global_step):
             run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
-        result = envs.reset([episode_seed(args.seed, 0, episode)])
+        result = envs.reset([derived_seed(args.seed, 0, episode)])
         if result is None or run.stopped:
             continue
 

@@ -817,9 +817,9 @@ def train(args: Args) -> Path:
 
     parts = dict(agent=agent, replay=replay, envs=envs, history=history)
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    run = Run(args, device, parts, global_step=0, gradient_steps=0, next_eval=0)
+    run = Run(args, device, parts, global_step=0, gradient_steps=0, next_eval=0)  # logs, saves
     global_step, gradient_steps, next_eval = run.counters.values()  # not 0 in a resumed run
-    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
     first_update = gradient_steps
     steps = args.num_envs * args.unroll_length  # of a training step
 

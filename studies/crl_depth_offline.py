@@ -297,7 +297,7 @@ def train(args: Args) -> Path:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # on a CPU numbers too small for float32's normal range are slow
     torch.manual_seed(args.seed)
-    batch_rng = torch.Generator().manual_seed(episode_seed(args.seed, 2, 0))
+    batch_rng = torch.Generator().manual_seed(derived_seed(args.seed, 2, 0))
     paths = collect_paths(args.maze, args.num_paths, args.path_length, args.random_share, [args.data_seed, 0])
     others = collect_paths(args.maze, 128, args.path_length, args.random_share, [args.data_seed, 1])
     held_out_rng = torch.Generator().manual_seed(0)
@@ -333,7 +333,7 @@ def train(args: Args) -> Path:
 
 
 # === Housekeeping: arguments, files ===================================================================================
-def episode_seed(*numbers: int) -> int:
+def derived_seed(*numbers: int) -> int:
     """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
     numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

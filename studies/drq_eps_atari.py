@@ -165,7 +165,7 @@ TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons
 
 
 # === Environment ======================================================================================================
-def episode_seed(*numbers: int) -> int:
+def derived_seed(*numbers: int) -> int:
     """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
     numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -173,7 +173,7 @@ def episode_seed(*numbers: int) -> int:
 
 def random_stream(seed: int, number: int) -> torch.Generator:
     """A CPU generator of its own for each purpose, so that drawing for one does not change another."""
-    return torch.Generator().manual_seed(episode_seed(seed, 2, number))
+    return torch.Generator().manual_seed(derived_seed(seed, 2, number))
 
 
 def make_envs(args, num_envs: int, **options):
@@ -240,7 +240,7 @@ class FrameReplay:
         self.frames[slot] = torch.from_numpy(frame)
         self.record[slot] = torch.tensor([-1.0, 0.0, 0.0, self.age])
         self.num_frames += 1
-        oldest = self.num_frames - self.capacity  # frame in a full ring; a start needs its whole stack there
+        oldest = self.num_frames - self.capacity  # the oldest frame of a full ring; a start needs its whole stack
         while oldest > 0 and oldest + self.stack - 1 > self.start[self.oldest_start % self.capacity]:
             self.oldest_start += 1
 
@@ -641,7 +641,7 @@ def evaluate(q_network, envs, args, number: int, device, run) -> dict | None:
     random actions; torch's own random numbers are not used.
     """
     n = envs.num_envs
-    rng = torch.Generator().manual_seed(episode_seed(args.seed, 1, number))
+    rng = torch.Generator().manual_seed(derived_seed(args.seed, 1, number))
     obs, _ = begin_episodes(envs, rng)
     episode_return, episode_length, episodes = np.zeros(n), np.zeros(n, int), np.zeros(n, int)
     share = np.full(n, args.eval_episodes // n)
@@ -693,9 +693,9 @@ def train(args: Args) -> Path:
 
     parts = dict(agent=agent, optimizer=optimizer, replay=replay, detector=detector, interval_fau=interval_fau)
     parts |= dict(batch_rng=batch_rng, redo_rng=redo_rng, measure_rng=measure_rng, act_rng=act_rng)
-    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
+    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
-    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
     learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if the replay is refilled
     first_update = gradient_steps
 
@@ -714,7 +714,7 @@ def train(args: Args) -> Path:
         if run.checkpoint_due(global_step):
             run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
 
-        game_rng = torch.Generator().manual_seed(episode_seed(args.seed, 0, episode))
+        game_rng = torch.Generator().manual_seed(derived_seed(args.seed, 0, episode))
         obs, info = begin_episodes(envs, game_rng)
         if run.stopped:  # a signal, while it saved or began the game
             continue

@@ -112,7 +112,7 @@ TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons
 
 
 # === Replay buffer ====================================================================================================
-def episode_seed(*numbers: int) -> int:
+def derived_seed(*numbers: int) -> int:
     """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
     numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -120,7 +120,7 @@ def episode_seed(*numbers: int) -> int:
 
 def random_stream(seed: int, number: int) -> torch.Generator:
     """A CPU generator of its own for each purpose, so that drawing for one does not change another."""
-    return torch.Generator().manual_seed(episode_seed(seed, 2, number))
+    return torch.Generator().manual_seed(derived_seed(seed, 2, number))
 
 
 class FrameReplay:
@@ -162,7 +162,7 @@ class FrameReplay:
         self.frames[slot] = torch.from_numpy(frame)
         self.record[slot] = torch.tensor([-1.0, 0.0, 0.0, self.age])
         self.num_frames += 1
-        oldest = self.num_frames - self.capacity  # frame in a full ring; a start needs its whole stack there
+        oldest = self.num_frames - self.capacity  # the oldest frame of a full ring; a start needs its whole stack
         while oldest > 0 and oldest + self.stack - 1 > self.start[self.oldest_start % self.capacity]:
             self.oldest_start += 1
 

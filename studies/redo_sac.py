@@ -145,7 +145,7 @@ TAUS = (0.0, 0.025, 0.1)  # thresholds of the logged shares of dormant neurons
 
 
 # === Environment ======================================================================================================
-def episode_seed(*numbers: int) -> int:
+def derived_seed(*numbers: int) -> int:
     """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
     numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -153,7 +153,7 @@ def episode_seed(*numbers: int) -> int:
 
 def random_stream(seed: int, number: int) -> torch.Generator:
     """A CPU generator of its own for each purpose, so that drawing for one does not change another."""
-    return torch.Generator().manual_seed(episode_seed(seed, 2, number))
+    return torch.Generator().manual_seed(derived_seed(seed, 2, number))
 
 
 def make_env(env_id: str, **options):
@@ -486,7 +486,7 @@ def act(agent, obs: np.ndarray, generator, device) -> np.ndarray:
 
 def evaluate(agent, envs: list, args, number: int, device, run) -> dict | None:
     """An episode in each of the environments, with mean actions -> metrics, or None if the run is to stop."""
-    seeds = [episode_seed(args.seed, 1, number, i) for i in range(len(envs))]
+    seeds = [derived_seed(args.seed, 1, number, i) for i in range(len(envs))]
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     episode_return, episode_length = np.zeros(len(envs)), np.zeros(len(envs))
     running, film = np.ones(len(envs), bool), []
@@ -532,9 +532,9 @@ def train(args: Args) -> Path:
     parts = dict(agent=agent, replay=replay)
     parts |= dict(batch_rng=batch_rng, act_rng=act_rng, edit_rng=edit_rng, measure_rng=measure_rng)
     parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)
+    run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
-    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)
+    next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
     learning_from = args.learning_starts + max(0, global_step - replay.num_added)  # later, if the replay is refilled
     if args.replay_from and replay.num_added > global_step:  # the other run's replay is there
         learning_from = 0
@@ -555,7 +555,7 @@ def train(args: Args) -> Path:
         if run.checkpoint_due(global_step):
             run.save(global_step=global_step, gradient_steps=gradient_steps, episode=episode, next_eval=next_eval)
 
-        obs, _ = env.reset(seed=episode_seed(args.seed, 0, episode))
+        obs, _ = env.reset(seed=derived_seed(args.seed, 0, episode))
         start_step, start_update, start_time = global_step, gradient_steps, time.time()
         episode_return, done, sums = 0.0, False, {}
         while not (done or run.stopped or global_step == args.total_timesteps):

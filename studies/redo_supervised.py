@@ -139,7 +139,7 @@ def read_idx(path: Path) -> np.ndarray:
 def synthetic_images(num_images: int) -> tuple:
     """10 blurred patterns, each image one of them, moved by up to 4 pixels and noisy -> (num_images, 1, 28, 28) uint8
     and labels (num_images,). The same images for every seed."""
-    rng = torch.Generator().manual_seed(episode_seed(0, 3))
+    rng = torch.Generator().manual_seed(derived_seed(0, 3))
     patterns = F.interpolate(torch.rand(CLASSES, 1, 6, 6, generator=rng), (36, 36), mode="bicubic")
     labels = torch.randint(CLASSES, (num_images,), generator=rng)
     images = torch.randn(num_images, 1, 28, 28, generator=rng) * 0.2
@@ -166,7 +166,7 @@ def load_data(data: str, num_images: int) -> tuple:
     return name, torch.tensor(images), torch.tensor(labels, dtype=torch.int64)
 
 
-def episode_seed(*numbers: int) -> int:
+def derived_seed(*numbers: int) -> int:
     """A seed derived from numbers: the run's seed, what it is for (0 training, 1 evaluation, 2 a stream of random
     numbers), and which one of these. Below 2**32, because torch's CPU generators ignore all higher bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -319,7 +319,7 @@ def train(args: Args) -> Path:
     torch.set_flush_denormal(True)  # on a CPU numbers too small for float32's normal range are slow
     # A stream of random numbers for each purpose, so that for instance ReDo does not change the batches
     purposes = ("weights", "batch", "shuffle", "measure", "redo", "targets")
-    rng = {purpose: torch.Generator().manual_seed(episode_seed(args.seed, 2, i)) for i, purpose in enumerate(purposes)}
+    rng = {purpose: torch.Generator().manual_seed(derived_seed(args.seed, 2, i)) for i, purpose in enumerate(purposes)}
 
     images = images.float() / 255
     if args.normalise:

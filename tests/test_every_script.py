@@ -322,9 +322,9 @@ def test_a_film_that_fails_costs_a_line(script, flags, monkeypatch, capsys):
 @pytest.mark.parametrize("script", [s for s in TINY if s is not crl], ids=lambda script: script.SCRIPT)
 def test_all_streams_of_random_numbers_begin_differently(script, monkeypatch):
     """torch's CPU generators keep 32 bits of a seed: 1 and 1 + 2**32 are the same stream."""
-    seeds, episode_seed = [1], script.episode_seed  # 1: of torch's own stream
+    seeds, derived_seed = [1], script.derived_seed  # 1: of torch's own stream
     with monkeypatch.context() as patch:
-        patch.setattr(script, "episode_seed", lambda *numbers: seeds.append(episode_seed(*numbers)) or seeds[-1])
+        patch.setattr(script, "derived_seed", lambda *numbers: seeds.append(derived_seed(*numbers)) or seeds[-1])
         run(script, *TINY[script])
     assert len(seeds) >= {redo: 5, drq: 4, rr: 2, drm: 4}[script] + 6  # episodes
     draws = [tuple(torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()) for seed in seeds]

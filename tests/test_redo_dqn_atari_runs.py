@@ -187,7 +187,7 @@ def test_a_signal_cuts_the_episode_like_a_truncation(monkeypatch):
     assert saved["replay"]["record"][-1].tolist() == [-1, 0, 0, 2]
     _, replay = run_and_replay(redo, "--resume", part)
     expected = [
-        torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(redo.episode_seed(1, 0, episode))).item()
+        torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(redo.derived_seed(1, 0, episode))).item()
         for episode in range(61)
     ]
     assert made[1].seeds == expected[:33] and made[4].seeds == expected[33:]

@@ -366,13 +366,13 @@ def test_every_flag_changes_something():
 
 
 def test_streams_of_random_numbers_differ(monkeypatch):
-    seeds, original = [], study.episode_seed
+    seeds, original = [], study.derived_seed
 
-    def episode_seed(*numbers):
+    def derived_seed(*numbers):
         seeds.append(original(*numbers))
         return seeds[-1]
 
-    monkeypatch.setattr(study, "episode_seed", episode_seed)
+    monkeypatch.setattr(study, "derived_seed", derived_seed)
     run()
     run(seed=2)
     streams = set(seeds)

@@ -30,7 +30,7 @@ def film(run_dir: Path, size: int = 336, max_steps: int = 1000) -> Path:
     if description["script"] == "drqv2_plasticity":
         script.prepare(agent, args)
     agent.load_state_dict(checkpoint["agent"])
-    seed = script.episode_seed(args.seed, 2, 0)
+    seed = script.derived_seed(args.seed, 2, 0)
     (frame, _), (picture, _) = env.reset(seed=seed), camera.reset(seed=seed)
     stack, pictures, over = [frame] * 3, [], False
     while not over and len(pictures) < max_steps:

@@ -29,10 +29,10 @@ def film(run_dir: Path, max_steps: int = 4500) -> Path:
     num_actions = int(grey.single_action_space.n)
     agent = redo.DQNAgent(num_actions, args)
     agent.load_state_dict(torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)["agent"])
-    first_episode = redo.episode_seed(args.seed, 0, 0)
+    first_episode = redo.derived_seed(args.seed, 0, 0)
     obs, info = redo.reset_envs(grey, args, torch.Generator().manual_seed(first_episode))
     picture, _ = redo.reset_envs(colour, args, torch.Generator().manual_seed(first_episode))
-    rng = torch.Generator().manual_seed(redo.episode_seed(args.seed, 3))
+    rng = torch.Generator().manual_seed(redo.derived_seed(args.seed, 3))
     frames, done, lost_life = [], False, False
     while not done and len(frames) < max_steps:
         frames.append(picture[0, 0].repeat(2, axis=0).repeat(2, axis=1))
