@@ -87,7 +87,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -427,7 +427,7 @@ class DrQv2Agent(nn.Module):
 # === Adaptive replay ratio ============================================================================================
 def fau(activations: list) -> torch.Tensor:
     """Fraction of active units (Ma et al. 2024): the share of positive elements in a list of outputs of ReLUs (any
-    shapes). Units and batch count alike, so it is not one minus the dormant ratio. NaN if one is not finite."""
+    shapes). All elements count alike, so it is not one minus the dormant ratio. NaN if one is not finite."""
     share = sum(torch.count_nonzero(a > 0) for a in activations) / sum(a.numel() for a in activations)
     finite = torch.stack([a.sum().float() for a in activations]).isfinite().all()
     return torch.where(finite, share, torch.nan)
@@ -439,7 +439,7 @@ class PlateauDetector:
     Every check_episodes whole episodes, the average over the last one is compared with that of the check before, and at
     the first check with the very first training batch. The FAU has settled when they differ by at most the threshold.
     This is a plateau, not a recovery: it also comes at the early minimum, on a slow decline, after a collapse. Episodes
-    without a gradient step are not checked. Shorter ones than the paper's (500 steps) want a larger threshold.
+    without a gradient step are not checked. How much it fluctuates depends on batch and length of episodes.
     """
 
     def __init__(self, check_episodes=50, threshold=0.001):

@@ -20,7 +20,7 @@ The critic is a classifier: which of a batch's goals did this pair reach?  f_ij 
     L_critic = -mean_i [ f_ii - log sum_j exp f_ij ] + 0.1 mean_i (log sum_j exp f_ij)^2      (InfoNCE)
 The goal of a pair (s_t, a_t) is s_{t+k} of the same episode, k ~ Geometric(1 - gamma), truncated    -> `future_offset`
 The policy chooses actions that the critic believes in, while its entropy is held at a target:              -> `update`
-    L_actor = mean [ alpha log pi(a|s,g) - f(s, a, g) ],   L_alpha = alpha mean [ -log pi(a|s,g) + 0.5 |A| ]
+    L_actor = mean [ alpha log pi(a|s,g) - f(s, a, g) ],   L_alpha = alpha mean [ -log pi(a|s,g) + dim(a) / 2 ]
 phi, psi and pi are residual networks; "depth" counts the Dense layers inside their blocks:            -> `ResidualMLP`
     h <- h + block(h),   block = 4 x (Dense, LayerNorm, Swish)
 A training step: 62 steps in each of 512 environments, then 800 gradient steps (1 per 40 steps)              -> `train`
@@ -95,7 +95,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -472,7 +472,7 @@ class Replay:
 
         Every environment gives one random window of consecutive time steps (more if one is too few). All steps but a
         window's last are anchors, shuffled and cut into batches: no anchor of a window comes twice.
-        A goal lies in its anchor's episode and window. `train`'s windows are as long as an episode, and straddle them.
+        A goal lies in its anchor's episode and window. `train`'s windows are as long as an episode, and straddle two.
         """
         needed = num_batches * batch_size
         windows = -(-needed // (self.num_envs * (window - 1)))
@@ -654,7 +654,7 @@ def contrastive_loss(phi, psi, logsumexp_coef, direction="forward") -> tuple:
 
     phi, psi (batch, repr_dim) -> loss (scalar), metrics. f_ij = -||phi_i - psi_j||_2;
     loss = -mean_i [f_ii - logsumexp_j f_ij] + logsumexp_coef mean_i (logsumexp_j (f_ij + 1e-6))^2. direction: forward
-    classifies goals, as here; backward state-action pairs; symmetric both.
+    classifies goals, as written here; backward state-action pairs; symmetric both.
     """
     # On a GPU float64 keeps these small products out of TensorFloat-32, which has too few digits for distances
     dtype = torch.float64 if phi.is_cuda else torch.float32

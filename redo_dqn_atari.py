@@ -37,7 +37,7 @@ Differences from the official code (google/dopamine, labs/redo), and the reasons
  3. A layer is re-drawn from the distribution that it was initialised from, the ResNet's inner convolutions included.
  4. Recycling and resets are timed by gradient steps that were taken, measurements by steps; officially, one counter of
     gradient steps that also runs during the warm-up times all, and every second evaluation falls on a reset. Here, at
-    replay ratio 1, evaluations come 30,000 and 80,000 gradient steps after one in turn: the baseline's curve zigzags.
+    replay ratio 1, evaluations come 30,000 and 80,000 gradient steps after one in turn: that curve zigzags.
  5. The published configuration recycles nothing; the defaults here are the paper's: every 1000 gradient steps, a batch
     of 64, tau 0.1 (0.025 at replay ratio 0.25).
  6. The emulator plays a step while the network learns: the action is chosen before the burst of updates, not after,
@@ -97,7 +97,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -120,7 +120,7 @@ class Args(RunArgs):
     eval_every: Count = 250_000  # steps between evaluations, at the next end of an episode; one more at the end
 
     # Environment
-    protocol: Literal["dopamine", "cleanrl"] = "dopamine"  # defaults; dopamine: random actions until it learns
+    protocol: Literal["dopamine", "cleanrl"] = "dopamine"  # whose defaults; dopamine acts randomly until it learns
     sticky_actions: Share = 0.25  # probability, each frame, that the emulator repeats the previous action
     terminal_on_life_loss: bool = False  # a lost life ends the episode for the learner (the game goes on)
     noop_max: Annotated[int, (0, 27_000)] = 0  # an episode starts with 1 to this many no-op frames; 0: with none
@@ -296,7 +296,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n, a smaller power where it was truncated before, 0 where it terminated.
+        discount is gamma^n; 0 where the episode terminated, a smaller power where it was truncated before.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -474,7 +474,7 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent, all NaN when an activation is not finite. (Flatten batch and tokens first.)
+    all 0 when the whole layer is silent, all NaN when an activation is not finite. Flatten tokens into the batch.
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
     average = mean.mean()
@@ -560,7 +560,7 @@ def forget(optimizer, parameter, mask) -> None:
 
 @torch.no_grad()
 def recycle(layers, activations, optimizer, tau, generator) -> list:
-    """ReDo (Sokar et al. 2023, Algorithm 1), any network, in place -> each layer's recycled neurons, (neurons,) bool.
+    """ReDo (Sokar et al. 2023, Algorithm 1) for any network, in place -> per layer what was recycled, (neurons,) bool.
 
     layers: [(linear layer or convolution, [the layers that read it])]. activations: one for each of these, after its
     non-linearity, on the same batch, (batch, neurons) or (batch, channels, height, width). All incoming weights are

@@ -8,7 +8,7 @@
 # On a cluster: benchmark/slurm.sh. What the sweeps of one script share is in its folder's runs.sh.
 set -euo pipefail
 sweep_file=$(realpath "$0")
-name=${sweep_name:-$(basename "$(dirname "$sweep_file")")_$(basename "$sweep_file" .sh)} # <script>_<sweep>, unless it is set
+name=${sweep_name:-$(basename "$(dirname "$sweep_file")")_$(basename "$sweep_file" .sh)} # <script>_<sweep>, or as the sweep says
 [[ ${OUT:-/} = /* ]] || OUT=$PWD/$OUT
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-smoke} WORKERS=${WORKERS:-1} EXTRA=${EXTRA:-} OUT=${OUT:-runs/figures} DRY_RUN=""
@@ -102,9 +102,11 @@ sweep() { # sweep SCRIPT NAME "ENV_IDS" "SEEDS" [flags ...] < variants, one a li
   done
 }
 
-run_folder() { # run_folder ENV_ID EXP_NAME SEED: its finished folder, else the newest, else a pattern of it
+run_folder() { # run_folder ENV_ID EXP_NAME SEED: its newest finished folder, else its newest, else a pattern
   local dir found=runs/"${1//\//-}__${2}__${3}__*/"
-  for dir in $found; do [ ! -d "$dir" ] || [ -e "${found}summary.json" ] || found=$dir; done
+  for dir in $found; do
+    if [ -e "${dir}summary.json" ] || { [ -d "$dir" ] && [ ! -e "${found}summary.json" ]; }; then found=$dir; fi
+  done
   echo "$found"
 }
 

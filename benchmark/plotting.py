@@ -109,8 +109,8 @@ def logged(runs: list, tag: str) -> list:
     return runs
 
 
-def comparable(runs: list, arm, tag: str) -> list:
-    """The runs that have logged a tag, on the tasks where every arm(run) has one that did. SystemExit without any."""
+def comparable(runs: list, tag: str) -> list:
+    """The runs that have logged a tag, on the tasks where every arm has one that did. SystemExit without any."""
     runs = logged(runs, tag)
     tasks = [{run.args["env_id"] for run in members} for members in group(runs, arm).values()]
     shared = set.intersection(*tasks)

@@ -132,10 +132,10 @@ def measure_pixel_update(script, batch_size, variant, options) -> dict:
     module.set_precision(args.precision, device)
     if module is drm:
         agent, make_optimizers = drm.DrMAgent(6, args), drm.make_drm_optimizers
-        clock = torch.full((), 3000, dtype=torch.float64, device=device)
+        step = torch.full((), 3000, dtype=torch.float64, device=device)
     else:
         agent, make_optimizers = drq.DrQv2Agent(6, args), drq.make_optimizers
-        clock = torch.full((), 0.5, device=device)
+        step = torch.full((), 0.5, device=device)
     agent.to(device, memory_format=torch.channels_last)
     if args.compile:
         module.compile_modules(*agent.children())
@@ -152,7 +152,7 @@ def measure_pixel_update(script, batch_size, variant, options) -> dict:
 
     def next_batch():
         obs, *others, next_obs = replay.sample(batch_size, generator)
-        return [drq.random_shift(obs, 4), *others, drq.random_shift(next_obs, 4), clock]
+        return [drq.random_shift(obs, 4), *others, drq.random_shift(next_obs, 4), step]
 
     def work():
         for _ in range(steps):
@@ -182,7 +182,7 @@ def measure_pixels(env_id, options) -> dict:
 
 
 # Whole runs, mostly of learning, with the paper's networks, batches and replay ratio (crl_deep: the laptop's point
-# mass): module, steps per unit of --work, steps at least, flags
+# mass): module, steps per unit of --work, steps besides, flags
 NEVER = "1000000000"
 PIXEL_RUN = f"""--env-id dm_control/quadruped-run-v0 --learning-starts 300 --exploration-steps 300 --batch-size 256
     --buffer-size 5000 --eval-every {NEVER} --eval-episodes 1 --checkpoint-replay never"""

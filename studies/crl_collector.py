@@ -17,7 +17,7 @@ from the same data? One agent, the collector, acts; two others, a deep and a sha
 never act. All three are the contrastive agents of crl_deep.py, and learn from the same batches:
     f(s, a, g) = -||phi(s, a) - psi(g)||_2
     L_critic = -mean_i [ f_ii - log sum_j exp f_ij ] + 0.1 mean_i (log sum_j exp f_ij)^2       -> `contrastive_loss`
-    L_actor = mean [ alpha log pi(a|s,g) - f(s, a, g) ],   L_alpha = alpha mean [ -log pi(a|s,g) + 0.5 |A| ]
+    L_actor = mean [ alpha log pi(a|s,g) - f(s, a, g) ],   L_alpha = alpha mean [ -log pi(a|s,g) + dim(a) / 2 ]
 A training step: the collector takes 62 steps in each of 512 environments, then each of the three takes 800 gradient
 steps, with the same pairs and goals                                                                        -> `train`
 The paper: behind a deep collector (depth 32) the deep learner is far better than the shallow one (depth 4); behind a
@@ -71,7 +71,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # which runs' checkpoints contain it
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -442,7 +442,7 @@ class Replay:
 
         Every environment gives one random window of consecutive time steps (more if one is too few). All steps but a
         window's last are anchors, shuffled and cut into batches: no anchor of a window comes twice.
-        A goal lies in its anchor's episode and window. `train`'s windows are as long as an episode, and straddle them.
+        A goal lies in its anchor's episode and window. `train`'s windows are as long as an episode, and straddle two.
         """
         needed = num_batches * batch_size
         windows = -(-needed // (self.num_envs * (window - 1)))
@@ -615,7 +615,7 @@ def contrastive_loss(phi, psi, logsumexp_coef, direction="forward") -> tuple:
 
     phi, psi (batch, repr_dim) -> loss (scalar), metrics. f_ij = -||phi_i - psi_j||_2;
     loss = -mean_i [f_ii - logsumexp_j f_ij] + logsumexp_coef mean_i (logsumexp_j (f_ij + 1e-6))^2. direction: forward
-    classifies goals, as here; backward state-action pairs; symmetric both.
+    classifies goals, as written here; backward state-action pairs; symmetric both.
     """
     # On a GPU float64 keeps these small products out of TensorFloat-32, which has too few digits for distances
     dtype = torch.float64 if phi.is_cuda else torch.float32

@@ -182,7 +182,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n, a smaller power where it was truncated before, 0 where it terminated.
+        discount is gamma^n; 0 where the episode terminated, a smaller power where it was truncated before.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -318,7 +318,7 @@ def dormant_score(activation: torch.Tensor) -> torch.Tensor:
     """Sokar et al. 2023, Eq. 1: each neuron's mean |activation| over batch and positions, divided by the layer's mean.
 
     activation (batch, neurons) or (batch, channels, height, width), after the non-linearity -> (neurons,), of mean 1;
-    all 0 when the whole layer is silent, all NaN when an activation is not finite. (Flatten batch and tokens first.)
+    all 0 when the whole layer is silent, all NaN when an activation is not finite. Flatten tokens into the batch.
     """
     mean = activation.abs().float().mean([0, *range(2, activation.dim())])
     average = mean.mean()
@@ -488,8 +488,9 @@ def train(args: Args) -> Path:
         metrics = learn(tuple(x.to(device) for x in replay.sample(args.batch_size, batch_rng)))
         losses.append(metrics["losses/td"])
 
-    writer.close()
-    finish(run_dir, dict(gradient_steps=args.gradient_steps) | metrics)
+    with disk(run_dir):
+        writer.close()
+        finish(run_dir, dict(gradient_steps=args.gradient_steps) | metrics)
     lock.close()
     return run_dir
 

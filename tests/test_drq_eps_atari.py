@@ -265,6 +265,7 @@ def test_a_run_that_diverges_ends_with_one_line(capsys):
     ("--learning-starts 5", "--learning-starts 5: must lie between --n-step and --buffer-size"),
     ("--total-timesteps 1601", "--total-timesteps 1601: leaves no gradient step after --learning-starts"),
     ("--replay-ratio 0.01 --total-timesteps 1690", "--total-timesteps 1690: leaves no gradient step"),
+    ("--replay-ratio 8 --redo-period-gradient-steps 7", "--redo-period-gradient-steps 7: is shorter than a burst"),
     ("--redo-end-gradient-steps 1000", "--redo-end-gradient-steps 1000: is before the first period has ended"),
     ("--method adaptive --rr-low 3", "--rr-high 2.0: must be more than --rr-low"),
     ("--method adaptive --rr-check-every 300000", "--rr-check-every 300000: leaves no two intervals to compare"),

@@ -349,7 +349,7 @@ def test_a_run_that_diverges_saves_and_ends_with_one_line(script, flags, capsys)
         words = ["--resume", run_dir]
 
 
-def test_the_first_number_that_is_not_finite_is_named(capsys):
+def test_the_first_number_that_is_not_finite_is_named():
     run = SimpleNamespace(checkpoint="checkpoint.pt", stopped=130, keep_replay=True)
     run.stop = partial(redo.Run.stop, run)
     redo.Run.check_finite(run, {"fine": 1.0}, 1)

@@ -157,7 +157,8 @@ def test_width_and_activation():
 
 @pytest.mark.parametrize("padding, pads", [("same", ((2, 2), (1, 2), (1, 1))), ("valid", ((0, 0),) * 3)])
 def test_the_nature_network_written_out(padding, pads):
-    q_network, obs = redo.DQNAgent(6, small_args(padding=padding)).q_network, random_obs()
+    args = small_args(padding=padding, init="torch")  # biases are not 0
+    q_network, obs = redo.DQNAgent(6, args).q_network, random_obs()
     layers, x = q_network.layers, obs / 255
     q_values, activations = q_network(obs)
     for name, stride, (before, after) in zip(("conv1", "conv2", "conv3"), (4, 2, 1), pads):

@@ -371,6 +371,7 @@ def test_a_truncation_is_no_termination(monkeypatch):
     ("--replay-from nowhere", "--learning-starts 40: does nothing with --replay-from"),
     ("--replay-from nowhere --checkpoint-replay never", "--checkpoint-replay never: does not go with --replay-from"),
     ("--redo-period-gradient-steps 101", "--redo-period-gradient-steps 101: is longer than the run, which has 100"),
+    ("--replay-ratio 9 --redo-period-gradient-steps 8", "--redo-period-gradient-steps 8: is shorter than a burst"),
     ("--method reset --reset-period-gradient-steps 101", "--reset-period-gradient-steps 101: is longer than the run"),
     ("--width 60 --buffer-size 1000000000000 --total-timesteps 1000000000000", "the run needs about"),
     ("--resume nowhere", "--resume nowhere: is not the folder of a run"),

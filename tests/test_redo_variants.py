@@ -574,6 +574,7 @@ def test_a_cuda_graph_of_per_element_adam_equals_eager_across_a_recycle():
     ("--method prune --redo-selection least", "--redo-selection least: does nothing beside the other flags"),
     ("--method prune --activation leaky_relu", "--activation leaky_relu: lets pruned neurons learn again"),
     ("--total-timesteps 9000", "--total-timesteps 9000: must be more than --learning-starts"),
+    ("--replay-ratio 2 --redo-period-gradient-steps 7", "--redo-period-gradient-steps 7: is shorter than a burst"),
     ("--redo-end-gradient-steps 500", "--redo-end-gradient-steps 500: is before the first period has ended"),
     ("--redo-selection least --redo-rate 0", "--redo-rate 0.0: must lie between 1e-06 and 1"),
     ("--redo-rate 0.2", "--redo-rate 0.2: does nothing beside the other flags"),

@@ -262,3 +262,5 @@ def test_of_several_folders_of_one_run_the_finished_one_is_used(folder):
         if done:
             (run / "summary.json").touch()
     assert sweep(folder, "--dry-run", path=str(path)).stdout == "runs/ALE-Pong-v5__a-b__1__2/\n"
+    (run / "summary.json").touch()  # the newest, as load_runs has it
+    assert sweep(folder, "--dry-run", path=str(path)).stdout == "runs/ALE-Pong-v5__a-b__1__3/\n"

@@ -4,7 +4,7 @@
 
 FIGURE is quickstart, point, fig1, fig4, fig5, fig6, fig7, fig8, fig9, fig10, fig11, fig12, baselines, fig13, fig16,
 fig17 or table2. Each is written as PNG with the CSV behind it. Scores are the paper's: steps per episode at the goal,
-mean of the last five evaluations (fig8, baselines: of single ones). Bands are 95% bootstrap intervals over seeds.
+mean of the last five evaluations (fig1, fig8, fig11, baselines: single ones). Bands: 95% bootstrap intervals of seeds.
 Stars are the paper's numbers, at its own number of steps and on Brax's physics, which is not the one simulated here;
 the arm panels of the paper are omitted. What quickstart, fig9, fig10 and fig17 show is computed from the run's
 checkpoint.pt: its last evaluation is played again.
@@ -116,7 +116,7 @@ def methods(runs, out) -> None:
     depths = sorted({depth_of(run) for run in runs})
     if len(depths) > 1:
         raise SystemExit(f"error: --runs matches runs of depth {', '.join(map(str, depths))}; this draws those of one")
-    curves(runs, out, tag="eval/time_at_goal", series=method_of)
+    curves(runs, out, series=method_of)
 
 
 def collectors(runs, out) -> None:

@@ -97,7 +97,7 @@ def behaviour(runs, at: list, out) -> None:
 def aggregate(runs, arms, out) -> None:
     """Fig. 1: the IQM of the evaluations' returns, with its 95% stratified bootstrap interval, over frames."""
     figure, (axis,) = panels(1, width=4.2)
-    runs = comparable(runs, arm, "eval/episodic_return")
+    runs = comparable(runs, "eval/episodic_return")
     rows, last = [], max(run.series("eval/episodic_return")[0].max(initial=0) for run in runs)
     size, unit = frames_unit(last)
     members_of = group(runs, arm)

@@ -80,8 +80,9 @@ def draw_states(axis, arms) -> list:
 
 def draw(runs, out) -> None:
     arms = group(runs, arm)
-    (game,) = {re.search(r"ALE-(\w+)-v5", run.args["replay"])[1] for run in runs}
-    game = None if any("-smoke-" in run.args["exp_name"] for run in runs) else game  # no stars beside a smoke run
+    games = set(re.findall(r"ALE-(\w+)-v5", " ".join(run.args["replay"] for run in runs)))
+    smoke = any("-smoke-" in run.args["exp_name"] for run in runs)
+    game = games.pop() if len(games) == 1 and not smoke else None  # whose stars are drawn
     figure, axes = panels(3, width=4.0, height=3.0, columns=3)
     rows = draw_curves(axes[0], arms, DORMANT, game)
     axes[0].set(ylabel="dormant neurons (tau = 0)", title=seeds_text(arms.values()))
@@ -92,7 +93,8 @@ def draw(runs, out) -> None:
     rows += draw_states(axes[2], arms)
     note = f"Bands and bars: {INTERVALS}."
     stars = any(row["paper"] is not None for row in rows)
-    save(figure, rows, out, note + f" Stars: the paper at its end, {game} (Fig. 8: tau is not said)." * stars)
+    tau = " (its tau is not said)" if "old" in arms else ""  # Fig. 8
+    save(figure, rows, out, note + f" Stars: the paper at its end, {game}{tau}." * stars)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def note_of(rows) -> str:
 
 def draw_aggregate(axis, runs, paper) -> list:
     """IQM of the human-normalised score over frames, a line per arm -> rows of the CSV."""
-    runs = comparable(runs, arm, RETURN)
+    runs = comparable(runs, RETURN)
     rows, arms = [], group(runs, arm)
     for name, members in arms.items():
         frames, games = scores(members)
@@ -228,7 +228,7 @@ def headline(runs, out, paper, tag=None, tag_paper=None) -> None:
 def by_replay_ratio(runs, out, paper, ticks=(0.25, 0.5, 1, 2)) -> None:
     """Fig. 10: the final IQM over the replay ratio, a line per method. paper: method -> its IQM at the ticks."""
     figure, (axis,) = panels(1, width=4.2)
-    runs = comparable(runs, arm, RETURN)
+    runs = comparable(runs, RETURN)
     end, last = last_scores(group(runs, lambda run: (run.args["method"], run.args["replay_ratio"])))
     rows = []
     for (method, ratio), games in last.items():
@@ -253,7 +253,7 @@ def by_replay_ratio(runs, out, paper, ticks=(0.25, 0.5, 1, 2)) -> None:
 def final_scores(runs, out, paper) -> None:
     """The mean human-normalised score over the games at the end, a bar per arm."""
     figure, (axis,) = panels(1, width=4.2)
-    runs = comparable(runs, arm, RETURN)
+    runs = comparable(runs, RETURN)
     end, last = last_scores(group(runs, arm))
     rows = []
     for i, (name, games) in enumerate(last.items()):

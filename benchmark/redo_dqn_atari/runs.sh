@@ -18,7 +18,7 @@ atari_tiers() { # atari_tiers "GAMES at paper scale" STEPS at paper scale: sets 
   esac
 }
 
-headline_runs() { # DQN and ReDo at replay ratio 1, for these envs: Figs. 1, 10a, 11, 12, 13, Table 7
+headline_runs() { # Figs. 1, 10a, 11, 12, 13, Table 7; on a cluster submit fig1_headline.sh before the others
   sweep redo_dqn_atari.py redo_fig1 "$envs" "$seeds" $flags --replay-ratio 1 < <(
     echo "dqn --method dqn"
     echo "redo --method redo"
@@ -35,10 +35,10 @@ baseline_runs() { # Figs. 1 and 13
 }
 
 methods_by_ratio() { # methods_by_ratio NAME "RATIOS" [flags ...]: Fig. 10; 0.5 and 2 at paper scale alone
-  local name=$1 ratios=" $2 " ratio method
+  local exp=$1 ratios=" $2 " ratio method
   shift 2
   [ "$SCALE" = paper ] || ratios=${ratios/ 0.5 / } ratios=${ratios/ 2 / }
-  sweep redo_dqn_atari.py "$name" "$envs" "$seeds" $flags "$@" < <(
+  sweep redo_dqn_atari.py "$exp" "$envs" "$seeds" $flags "$@" < <(
     for ratio in $ratios; do
       for method in dqn redo; do echo "rr$ratio-$method --method $method --replay-ratio $ratio"; done
     done
