@@ -1,6 +1,7 @@
 """studies/crl_baselines.py: which transitions are drawn, their goals and rewards, the losses by hand, whole runs."""
 
 import copy
+import dataclasses
 
 import helpers
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from helpers import POINT, assert_new_outcome, assert_same, checkpoint, killed_run, scalars
 
 import crl_baselines as base
+import crl_collector
+import crl_deep
 
 METHODS = ["gcbc", "gcsl", "sac", "sac-her"]
 TINY = [*POINT, "--env-id", "point_room"]
@@ -164,6 +167,8 @@ def test_soft_actor_critic_by_hand():
     state, action, goal, reward, discount, next_state = batch
     with torch.no_grad():
         agent.log_alpha.fill_(-1.0)
+        for weight in agent.targets.parameters():  # no longer the critics'
+            weight.add_(0.1 * torch.randn_like(weight))
         torch.manual_seed(3)
         next_action, next_log_prob = base.sample_action(*agent.actor(next_state, goal))
         both = torch.cat([target(torch.cat([next_state, next_action, goal], 1)) for target in agent.targets], 1)
@@ -204,11 +209,45 @@ def test_sac_finds_the_rewarded_action():
     assert torch.allclose(torch.tanh(mean), torch.tensor([[0.5, -0.5]]), atol=0.25)
 
 
+# --- what it shares with crl_deep.py ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", [base, crl_collector], ids=lambda script: script.SCRIPT)
+def test_constants_and_defaults_are_crl_deeps(script):
+    names = "MAZES GOALS POINT_XML ROBOTS ENV_IDS LONG GOAL_RADIUS EASY_GOAL_RADIUS LOG_STD_MIN LOG_STD_MAX"
+    for name in names.split():
+        assert getattr(script, name) == getattr(crl_deep, name), name
+    extra = dict(collector_depth=16, deep=16) if script is crl_collector else {}
+    for name, task in crl_deep.TASKS.items():
+        assert script.TASKS[name] == task | (extra if name.startswith("point") else {})
+    for field in dataclasses.fields(crl_deep.Args):
+        if hasattr(script.Args, field.name) and field.name != "exp_name":
+            assert getattr(script.Args, field.name) == field.default, field.name
+
+
+def test_learning_rates():
+    """1e-3 for the point mass; else 3e-4, of SAC 1e-4."""
+    for env_id, imitation, sac in (("point_room", 1e-3, 1e-3), ("ant", 3e-4, 1e-4), ("humanoid_u_maze", 3e-4, 1e-4)):
+        rates = [base.parse_args(["--env-id", env_id, "--method", method]).learning_rate for method in METHODS]
+        assert rates == [imitation] * 2 + [sac] * 2
+
+
+@pytest.mark.parametrize("script", [base, crl_collector], ids=lambda script: script.SCRIPT)
+def test_all_resets_draw_from_streams_of_their_own(script, monkeypatch):
+    """The three agents of crl_collector.py are evaluated on the same starts and goals."""
+    seeds, make = [], np.random.default_rng
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: seeds.append(tuple(map(int, seed))) or make(seed))
+        helpers.run(script, *TINY, *(["--deep", 8] if script is crl_collector else []))
+    assert {seed[:2] for seed in seeds} == {(1, 0), (1, 1)}
+    draws = [tuple(make(list(seed)).random(3)) for seed in set(seeds)]
+    assert len(set(draws)) == len(draws) > 4 * 7 + 9
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", METHODS)
-def test_killed_and_resumed_is_bit_identical(method):
+@pytest.mark.parametrize("method, dies", [*((method, 95) for method in METHODS), ("gcbc", 140)])
+def test_killed_and_resumed_is_bit_identical(method, dies):
+    """The later one after the ring has wrapped around."""
     flags = [*TINY, "--method", method, "--checkpoint-every", 40]
-    whole, part = run(*flags), killed_run(base, 95, *flags)
+    whole, part = run(*flags), killed_run(base, dies, *flags)
     run("--resume", part)
     assert_same(checkpoint(whole), checkpoint(part))
     logged = scalars(whole)

@@ -57,6 +57,38 @@ def test_alone_the_collector_learns_as_in_crl_deep():
     assert_same(dict(ours.state_dict()), dict(other.state_dict()))
 
 
+@pytest.mark.parametrize("env_id", ["point_room", "ant_u_maze"])
+def test_the_collectors_run_is_crl_deeps(env_id, monkeypatch):
+    """Where building and teaching the two learners draws nothing. The ant may fall."""
+    for script in (collector, crl_deep):
+        low = script.ROBOTS["ant"]._replace(healthy_height=(0.2, 0.7))
+        monkeypatch.setitem(script.ROBOTS, "ant", low)
+    make, update, made = collector.ContrastiveAgent, collector.update, []
+
+    def quiet(draws, function, *values):
+        state = torch.get_rng_state()
+        result = function(*values)
+        if not draws:
+            torch.set_rng_state(state)
+        return result
+
+    def build(*values):
+        made.append(quiet(not made, make, *values))
+        return made[-1]
+
+    monkeypatch.setattr(collector, "ContrastiveAgent", build)
+    monkeypatch.setattr(collector, "update", lambda agent, *rest: quiet(agent is made[0], update, agent, *rest))
+    flags = [*POINT, "--env-id", env_id]
+    ours, theirs = run(*flags, "--collector-depth", 8, "--deep", 8), helpers.run(crl_deep, *flags, "--depth", 8)
+    a, b = checkpoint(ours), checkpoint(theirs)
+    for name, other in (("collector", "agent"), ("envs", "envs"), ("torch_rng", "torch_rng")):
+        assert_same(a[name], b[other])
+    logged = scalars(ours)
+    for tag, values in scalars(theirs).items():
+        if tag.split("/")[0] in ("losses", "eval", "contrastive") and not tag.endswith("last5"):
+            assert logged[f"{tag}/collector"] == values, tag
+
+
 def test_killed_and_resumed_is_bit_identical():
     flags = [*TINY, "--checkpoint-every", 40]
     whole, part = run(*flags), killed_run(collector, 95, *flags)

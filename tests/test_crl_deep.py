@@ -350,6 +350,39 @@ def test_success_is_any_step_at_the_goal():
     assert metrics["eval/success_any"] == pytest.approx(1 / 3) and metrics["eval/success_easy"] == pytest.approx(2 / 3)
 
 
+def test_time_at_goal_counts_the_steps_that_end_there():
+    envs = MujocoEnvs("point_room", 3, 50, (1, 0))
+    envs.reset(np.ones(3, bool))
+    envs.goal[:] = envs.state[:, :2] + np.array([[0.4, 0], [0.9, 0], [3, 0]])
+    expected = np.zeros(3, int)
+    for _ in range(12):
+        envs.step(np.tile(np.float32([1, 0]), (3, 1)))
+        expected += np.linalg.norm(envs.state[:, :2] - envs.goal, axis=1) < 0.5
+        assert (envs.time_at_goal == expected).all()
+    assert len(set(expected)) == 3
+    envs.reset(np.arange(3) < 1)
+    assert envs.time_at_goal.tolist() == [0, *expected[1:]]
+
+
+@pytest.mark.parametrize("robot, cell", [("ant", 4.0), ("humanoid", 2.0), ("point", 2.0)])
+def test_walls_are_half_a_cell_high(robot, cell):
+    model = crl.make_model(robot, [(1, 2)])
+    (wall,) = np.flatnonzero(model.geom_type == int(mujoco.mjtGeom.mjGEOM_BOX))
+    assert model.geom_size[wall].tolist() == [cell / 2, cell / 2, cell / 4]
+    assert model.geom_pos[wall].tolist() == [cell, 2 * cell, cell / 4]
+
+
+def test_the_humanoids_start_and_goals():
+    envs = MujocoEnvs("humanoid", 512, 10, (1, 0))
+    envs.reset(np.ones(512, bool))
+    distance = np.linalg.norm(envs.goal[:, :2], axis=1)
+    assert distance.min() > 1 and distance.max() < 5 and distance.mean() == pytest.approx(3, abs=0.2)
+    assert np.abs(envs.goal[:, :2].mean(0)).max() < 0.4  # in all directions
+    assert np.array_equal(envs.physics[0, 1:], [*envs.model.qpos0, *np.zeros(envs.model.nv)])  # no noise
+    assert (crl.ROBOTS["humanoid"].healthy_height, crl.ROBOTS["humanoid"].cell) == ((1.0, 2.0), 2.0)
+    assert crl.ROBOTS["ant"].healthy_height == (0.2, 1.0)
+
+
 @pytest.mark.parametrize("env_id, dimensions", [("point_room", 2), ("ant_u_maze", 2), ("humanoid", 3)])
 def test_at_the_goal_is_within_half_a_metre_of_all_its_dimensions(env_id, dimensions):
     envs = MujocoEnvs(env_id, 1, 5, (1, 1))

@@ -96,6 +96,7 @@ def test_what_is_held_out_comes_from_other_paths(monkeypatch):
         for num, which in ((16, 0), (128, 1))
     )
     states = torch.cat([pairs[:, :4] for pairs, _ in seen[0]]).unique(dim=0)
+    assert [len(pairs) for pairs, _ in seen[0]] == [512] * 8
     assert all((others == state).all(1).any() for state in states[::50])
     assert not any((learned == state).all(1).any() for state in states)
 
@@ -155,6 +156,33 @@ def test_the_map_of_the_critic():
     for values, goal in zip(saved["values"], saved["goals"]):
         i, j = np.unravel_index(values.argmax(), values.shape)
         assert (saved["x"][i], saved["y"][j]) == tuple(goal) and values.max() == 0
+
+
+def test_the_map_is_at_rest_and_at_the_best_action():
+    def phi(pairs):
+        return pairs[..., :2] + 0.1 * pairs[..., 4:] + pairs[..., 2:4]
+
+    saved = study.critic_map(phi, lambda goal: goal, "big_maze", points_per_cell=2)
+    for values, goal in zip(saved["values"], saved["goals"]):
+        assert values[0, 0] == pytest.approx(-math.hypot(*(goal - 0.1)))
+
+
+def test_the_data_are_those_of_the_results():
+    """Numbers printed by commit 668cbe9."""
+    states, actions = study.collect_paths("hardest_maze", 4, 60, 0.4, [1, 0])
+    assert float(states.double().sum()) == pytest.approx(3926.02173, rel=1e-4)
+    assert float(actions.double().sum()) == pytest.approx(-23.318900, rel=1e-3)
+    assert float(actions.double().square().sum()) == pytest.approx(178.091500, rel=1e-4)
+    assert study.GOAL_RADIUS == crl.GOAL_RADIUS
+
+
+def test_the_loss_of_a_run(monkeypatch):
+    seen, losses, info_nce, backward = [], [], study.info_nce, torch.Tensor.backward
+    monkeypatch.setattr(study, "info_nce", lambda phi, psi: seen.append(info_nce(phi, psi)) or seen[-1])
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss.item()) or backward(loss))
+    run("--logsumexp-coef", 0.5)
+    nce, logsumexp, _ = seen[0]
+    assert losses[0] == pytest.approx(float((nce + 0.5 * logsumexp.square().mean()).detach()), rel=1e-6)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

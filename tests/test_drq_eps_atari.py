@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from helpers import (
     scalars,
     stopped_run,
 )
+from test_redo_dqn_atari import FakeGames
 
 import drq_eps_atari as study
 
@@ -285,3 +287,48 @@ def test_a_copy_in_an_empty_folder_runs():
     shutil.copy(study.__file__, "mine.py")
     done = subprocess.run([sys.executable, "mine.py", *TINY], capture_output=True, text=True)
     assert done.returncode == 0 and list(Path("runs").glob("*/summary.json")), done.stderr
+
+
+@pytest.mark.parametrize("truncate, lives", [(False, True), (True, True), (True, False)])
+def test_the_replay_holds_what_happened(truncate, lives, monkeypatch):
+    """Episodes of 2 steps; the reward of -10 is clipped; the life is lost in the last step."""
+    games = partial(FakeGames, truncate=truncate, reward=-10.0)
+    monkeypatch.setattr(study, "make_envs", lambda args, num_envs, **options: games(num_envs))
+    flags = [] if lives else ["--no-terminal-on-life-loss"]
+    part, replay = run_and_replay(study, *DRQ, "--method", "drq", *flags)
+    record = replay["record"][:-1]
+    kind = torch.arange(len(record)) % 3  # two steps and the last frame
+    assert torch.equal(record[:, 3], kind.float()) and torch.equal(replay["frames"][:-1, 0, 0], kind.byte())
+    assert torch.equal(record[:, 0] < 0, kind == 2) and set(record[kind < 2, 1].tolist()) == {-1.0}
+    assert set(record[kind == 1, 2].tolist()) == {1.0 if not truncate or lives else 0.0}
+    assert not record[kind != 1, 2].any()
+    assert scalars(part)["charts/episodic_return"] == dict.fromkeys(range(2, 121, 2), -20)
+
+
+def test_the_game_has_no_sticky_actions_and_whole_rewards():
+    plays = []
+    for seed in (0, 1):
+        envs, rng, rewards = study.make_envs(study.Args(noop_max=0), 1), np.random.default_rng(0), []
+        frames = [study.begin_episodes(envs, torch.Generator().manual_seed(seed))[0].copy()]
+        for _ in range(150):
+            obs, reward, *_ = envs.step(rng.integers(9, size=1))
+            frames.append(obs.copy())
+            rewards.append(float(reward[0]))
+        plays.append((np.stack(frames), rewards))
+    assert np.array_equal(plays[0][0], plays[1][0]) and plays[0][1] == plays[1][1] and set(rewards) == {0, 50}
+    envs = study.make_envs(study.Args(env_id="ALE/Breakout-v5", noop_max=0), 1)
+    assert study.begin_episodes(envs, torch.Generator().manual_seed(0))[1]["episode_frame_number"] == 0
+
+
+def test_all_streams_of_random_numbers_begin_differently(monkeypatch):
+    seeds, derived_seed = [1], study.derived_seed
+    monkeypatch.setattr(study, "derived_seed", lambda *numbers: seeds.append(derived_seed(*numbers)) or seeds[-1])
+    run(*TINY)
+    assert len(set(seeds)) == len(seeds) > 8
+
+
+def test_defaults_are_the_papers():
+    args = study.Args()
+    assert (args.n_step, args.batch_size, args.learning_rate, args.adam_eps, args.end_e) == (10, 32, 1e-4, 1.5e-4, 0.01)
+    assert (args.redo_tau, args.redo_period_gradient_steps, args.eval_episodes, args.noop_max) == (0.1, 1000, 100, 30)
+    assert (args.rr_low, args.rr_high, args.rr_check_every, args.rr_threshold) == (0.5, 2, 2000, 0.001)

@@ -85,6 +85,22 @@ LENGTHS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name, one, other", [
+    ("act", "crl_deep", "studies/crl_baselines"), ("evaluate", "crl_deep", "studies/crl_baselines"),
+    ("act", "crl_deep", "studies/crl_collector"), ("act", "redo_dqn_atari", "studies/drq_eps_atari"),
+    ("act", "redo_dqn_atari", "studies/redo_variants"), ("update", "redo_dqn_atari", "studies/redo_variants"),
+    ("act", "adaptive_rr", "drm"), ("evaluate", "adaptive_rr", "drm"),
+])  # fmt: skip
+def test_copies_of_what_a_script_writes_for_itself(name, one, other):
+    """They need not be the same, but these are, and their tests stand beside the first."""
+    texts = []
+    for script in (one, other):
+        text = (ROOT / f"{script}.py").read_text()
+        (node,) = [node for node in ast.parse(text).body if getattr(node, "name", "") == name]
+        texts.append(ast.get_source_segment(text, node))
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("script", SHAPED, ids=lambda path: path.stem)
 def test_lengths(script):
     text = script.read_text()

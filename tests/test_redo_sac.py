@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -206,6 +207,16 @@ def test_pruned_neurons_stay_silent_in_targets_too():
             assert not h[:, :2].any() and h.any()
 
 
+def test_each_target_is_pruned_as_its_own_critic():
+    agent, optimizers, args, replay, _ = prepared("prune")
+    with torch.no_grad():
+        for network, dead, alive in ((agent.critic1, 5, 7), (agent.critic2, 7, 5)):
+            network.hidden1.bias[dead], network.hidden1.bias[alive] = -1e6, 10
+    intervene(agent, optimizers, args, replay, 20)
+    for target, dead, alive in ((agent.target1, 5, 7), (agent.target2, 7, 5)):
+        assert not target.hidden1.weight[dead].any() and target.hidden1.weight[alive].any()
+
+
 def test_a_reset_renews_everything_and_the_targets_follow():
     agent, optimizers, args, replay, batch = prepared("reset", reset_period_gradient_steps=7)
     old = copy.deepcopy(agent)
@@ -246,6 +257,11 @@ def test_how_often_what_happens(flags, events):
         counts |= {name: len(events_file)} if events_file else {}
     assert counts == events
     assert 70 <= min(logged["eval/episodic_return"]) and 140 in logged["eval/episodic_return"]
+    lengths = logged["charts/episodic_length"]
+    assert logged["charts/episodic_return"] == {step: length - 1 for step, length in lengths.items()}  # a fall earns 0
+    ends = sorted(logged["charts/episodic_return"])
+    measured = [min(end for end in [*ends, 140] if end >= due) for due in (40, 80, 120)]
+    assert sorted(logged["dormant_ratio_tau0/critics"]) == measured
 
 
 REDO = ["--redo-tau", 0.5]  # recycles in every run
@@ -409,3 +425,66 @@ def test_a_copy_in_an_empty_folder_runs():
     shutil.copy(study.__file__, "mine.py")
     done = subprocess.run([sys.executable, "mine.py", *TINY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_replay_is_what_the_environment_did():
+    _, replay = run_and_replay(study, *TINY)
+    env, episode, falls = study.make_env("InvertedPendulum-v5"), 0, 0
+    obs, _ = env.reset(seed=study.derived_seed(1, 0, 0))
+    columns = replay["rows"].split(replay["sizes"], 1)
+    assert columns[1][:40].min() < -0.5 and columns[1][:40].max() > 0.5  # random actions
+    for stored, action, reward, terminated, stored_next in zip(*(column.numpy() for column in columns)):
+        assert np.array_equal(stored, obs.astype(np.float32))
+        obs, true_reward, over, truncated, _ = env.step(action)
+        assert (reward, terminated) == (true_reward, over) and np.array_equal(stored_next, obs.astype(np.float32))
+        if over or truncated:
+            episode, falls = episode + 1, falls + over
+            obs, _ = env.reset(seed=study.derived_seed(1, 0, episode))
+    assert falls > 2
+
+
+class ShortEnv:
+    """An episode of `length` steps, with a reward of 2 and the time as observation."""
+
+    def __init__(self, length, truncate):
+        self.length, self.truncate, self.seeds, self.actions = length, truncate, [], []
+
+    def reset(self, seed):
+        self.t = 0
+        self.seeds.append(seed)
+        return np.zeros(3), {}
+
+    def step(self, action):
+        self.t += 1
+        self.actions.append(action)
+        over = self.t == self.length
+        return np.full(3, float(self.t)), 2.0, over and not self.truncate, over and self.truncate, {}
+
+
+def test_an_evaluation_by_hand():
+    agent, _, args, _ = small_agent()
+    envs, cpu = [ShortEnv(2, False), ShortEnv(5, True)], torch.device("cpu")
+    watched = SimpleNamespace(stopped=None, bar=SimpleNamespace(set_description=lambda text: None))
+    for number in (0, 1):
+        metrics = study.evaluate(agent, envs, args, number, cpu, watched)
+        assert metrics == {"eval/episodic_return": 7.0, "eval/episodic_length": 3.5}
+    assert [len(env.actions) for env in envs] == [4, 10]  # none after its end
+    seeds = {*envs[0].seeds, *envs[1].seeds}
+    assert len(seeds) == 4 and seeds == {study.derived_seed(args.seed, 1, n, i) for n in (0, 1) for i in (0, 1)}
+    seen = np.arange(5)[:, None] * np.ones(3)
+    assert np.array(envs[1].actions[:5]) == pytest.approx(study.act(agent, seen, None, cpu), abs=1e-6)
+
+
+def test_all_streams_of_random_numbers_begin_differently(monkeypatch):
+    seeds, derived_seed = [1], study.derived_seed
+    monkeypatch.setattr(study, "derived_seed", lambda *numbers: seeds.append(derived_seed(*numbers)) or seeds[-1])
+    run(*TINY)
+    assert len(set(seeds)) == len(seeds) > 8
+
+
+def test_defaults_are_the_papers():
+    args = study.parse_args([])
+    assert (args.learning_starts, args.buffer_size, args.batch_size, args.redo_batch_size) == (10_000, 10**6, 256, 256)
+    assert (args.redo_tau, args.redo_period_gradient_steps, args.reset_period_gradient_steps) == (0, 200_000, 200_000)
+    assert (args.eval_episodes, args.eval_every, args.total_timesteps) == (30, 10_000, 10**6)
+    assert study.parse_args(["--method", "prune"]).redo_period_gradient_steps == 1000

@@ -618,3 +618,15 @@ def test_a_copy_in_an_empty_folder_runs():
     assert run_dir.name.startswith("ALE-DemonAttack-v5__tiny__1__")
     files = {path.name for path in run_dir.iterdir() if not path.name.startswith("events")}
     assert files == {"args.json", "checkpoint.pt", "lock", "summary.json", "model.pt", "mine.py"}
+
+
+def test_per_element_adam_has_the_runs_settings():
+    flags = ["--redo-adam", "per-element", "--adam-eps", 1e-3, "--weight-decay", 0.01, "--learning-rate", 1e-4]
+    (group,) = checkpoint(run(*TINY, *flags))["optimizer"]["param_groups"]
+    assert (group["lr"], group["eps"], group["weight_decay"]) == (1e-4, 1e-3, 0.01)
+
+
+def test_defaults_of_the_figures():
+    assert [study.parse_args(["--method", method]).redo_tau for method in ("redo", "prune")] == [0.025, 0.0]
+    assert study.parse_args(["--replay-ratio", "1"]).redo_tau == 0.1
+    assert study.parse_args(["--redo-selection", "least"]).redo_end_gradient_steps == 2_500_000
