@@ -255,6 +255,20 @@ def test_killed_and_resumed_is_bit_identical(method, dies):
     assert {"losses/actor", "eval/time_at_goal"} <= logged.keys()
 
 
+GOLDEN = {
+    "gcbc": {"losses/actor": {120: 0.562254, 200: -0.599313, 360: -0.160524}},
+    "gcsl": {"losses/actor": {120: 0.564030, 200: -0.598617, 360: -0.160892}},
+    "sac": {"losses/actor": {120: -0.266099, 360: -1.921678}, "losses/critic": {120: 0.171072, 360: 0.393903}},
+    "sac-her": {"losses/actor": {120: -0.893658, 360: -2.556861}, "losses/critic": {120: 0.299057, 360: 0.514965}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_golden_run(method):
+    """Printed by this script at commit 7b78b79."""
+    helpers.assert_golden(scalars(run(*TINY, "--method", method)), GOLDEN[method])
+
+
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_methods_differ(method, outcomes):
     assert_new_outcome(base, TINY, ["--method", method], outcomes)

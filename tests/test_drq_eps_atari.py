@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    assert_golden,
     assert_it_ends_when_it_diverges,
     assert_new_outcome,
     assert_same,
@@ -287,6 +288,18 @@ def test_a_copy_in_an_empty_folder_runs():
     shutil.copy(study.__file__, "mine.py")
     done = subprocess.run([sys.executable, "mine.py", *TINY], capture_output=True, text=True)
     assert done.returncode == 0 and list(Path("runs").glob("*/summary.json")), done.stderr
+
+
+def test_a_golden_run(monkeypatch):
+    """Printed by this script at commit 7b78b79."""
+    monkeypatch.setattr(study, "make_envs", lambda args, num_envs, **options: FakeGames(num_envs, longer=6))
+    logged = scalars(run(*TINY))
+    golden = {
+        "losses/td": {60: 1.969936, 80: 1.738590, 120: 1.236527},
+        "losses/q_values": {60: 0.0714220, 120: 2.400408},
+    }
+    assert_golden(logged, golden)
+    assert sorted(logged["redo_recycled/all"]) == [66, 91, 116]
 
 
 @pytest.mark.parametrize("truncate, lives", [(False, True), (True, True), (True, False)])

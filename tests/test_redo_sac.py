@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    assert_golden,
     assert_it_ends_when_it_diverges,
     assert_new_outcome,
     assert_same,
@@ -425,6 +426,15 @@ def test_a_copy_in_an_empty_folder_runs():
     shutil.copy(study.__file__, "mine.py")
     done = subprocess.run([sys.executable, "mine.py", *TINY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_golden_run():
+    """Printed by this script at commit 7b78b79."""
+    golden = {
+        "losses/critic": {41: 0.213360, 44: 0.342945, 57: 0.413550},
+        "losses/actor": {41: -0.235305, 57: -0.391965},
+    }
+    assert_golden(scalars(run(*TINY)), golden)
 
 
 def test_the_replay_is_what_the_environment_did():
