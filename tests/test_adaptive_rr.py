@@ -258,14 +258,18 @@ def test_a_golden_run(serial):
     assert_golden(scalars(run(*ADAPTIVE, *EAGER, *flags)), GOLDEN)
 
 
-def test_static_is_drqv2_of_the_study(serial, monkeypatch):
+@pytest.mark.parametrize("env_id", ["pixel_env:Dot64-v0", "pixel_env:EndingDot-v0"])
+def test_static_is_drqv2_of_the_study(env_id, serial, monkeypatch):
     """The same numbers as drqv2_plasticity.py, bit for bit."""
     import drqv2_plasticity as drq
 
     monkeypatch.setattr(drq, "Environments", SerialEnvironments)
-    flags = ["--env-id", "pixel_env:Dot64-v0"]
-    ours = checkpoint(run(*ADAPTIVE, *STATIC, *flags))
-    theirs = checkpoint(helpers.run(drq, *helpers.PIXELS, *flags))
+    runs = run(*ADAPTIVE, *STATIC, "--env-id", env_id), helpers.run(drq, *helpers.PIXELS, "--env-id", env_id)
+    ours, theirs = map(scalars, runs)
+    shared = ours.keys() & theirs.keys()
+    assert {"fau/encoder", "eval/episodic_length", "charts/episodic_return"} <= shared
+    assert all(ours[tag] == theirs[tag] for tag in shared)
+    ours, theirs = map(checkpoint, runs)
     assert_same(ours["agent"], theirs["agent"])
     for part in ("optimizer0", "optimizer1", "optimizer2"):
         assert_same(ours[part]["state"], theirs[part]["state"])

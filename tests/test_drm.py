@@ -494,9 +494,9 @@ def test_drqv2_is_a_special_case_bit_for_bit(n_step):
         assert torch.equal(agent.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
-def test_drqv2_is_a_special_case_in_whole_runs(n_step, serial):
-    flags = [*ADAPTIVE, "--n-step", n_step, "--env-id", "pixel_env:Dot64-v0"]
+@pytest.mark.parametrize("n_step, env_id", [(1, "pixel_env:Dot64-v0"), (3, "pixel_env:EndingDot-v0")])
+def test_drqv2_is_a_special_case_in_whole_runs(n_step, env_id, serial):
+    flags = [*ADAPTIVE, "--n-step", n_step, "--env-id", env_id]
     ours, replay = run_and_replay(drm, *flags, "--target-dormant-ratio", 0.35, *DRQV2)
     theirs, other_replay = run_and_replay(rr, *flags, "--rr-high", 0.5)
     mine, other = checkpoint(ours), checkpoint(theirs)
@@ -712,6 +712,7 @@ def test_the_table_of_tasks():
         args = drm.parse_args(["--env-id", f"dm_control/{task}-v0"])
         assert args.total_timesteps * 2 == round(frames * 1e6) and args.stddev_steps == decay * 1000, task
         assert [getattr(args, name) for name in names] == others, task
+        assert (args.n_step, args.gamma, args.target_lambda, args.expectile) == (3, 0.99, 0.6, 0.9), task
     args = drm.Args()
     constants = (args.n_step, args.gamma, args.tau, args.expectile, args.target_lambda, args.dormant_tau)
     assert constants == (3, 0.99, 0.01, 0.9, 0.6, 0.025)

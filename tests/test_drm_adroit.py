@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -11,9 +12,12 @@ import helpers
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from helpers import DRM, assert_same, checkpoint, killed_run, scalars
+from test_drm import make_batch
 
 import adaptive_rr
+import drm
 import drm_adroit as adroit
 
 LOOK = """
@@ -90,7 +94,7 @@ env.reset(seed=5)
 env.unwrapped.data.qpos[-6] += 0.2  # the pen's slides are turned by a quarter: this one goes down
 looks["dropped"] = [bool(x) for x in env.step(np.zeros(24, np.float32))[2:4]]
 env = adroit.make_env("door", 16).env.env
-for hinge in (1.38, 1.5):  # the package's goal is 1.35, the official one 1.4
+for hinge in (1.5, 1.38):  # the package's goal is 1.35, the official one 1.4
     env.reset(seed=5)
     hand, looks[f"held {hinge}"] = env.unwrapped, []
     for _ in range(16):
@@ -183,6 +187,13 @@ def test_fused_trunk_by_hand():
         felt = trunk.joint_mlp[2](torch.relu(trunk.joint_mlp[0](joints)))
         expected = trunk.fusion[2](torch.relu(trunk.fusion[0](image + felt)))
         assert torch.allclose(trunk(features), expected, atol=1e-6)
+        if network is agent.actor:
+            outputs = adroit.hand_outputs(network, features)
+            hidden, fused = torch.relu(trunk.joint_mlp[0](joints)), torch.relu(trunk.fusion[0](image + felt))
+            linear = trunk.image_trunk[0](features[:, :-24])
+            for output, by_hand in zip(outputs[:5], (linear, hidden, felt, fused, expected), strict=True):
+                torch.testing.assert_close(output, by_hand)
+            assert all(output.min() >= 0 for output in outputs[5:7]) and outputs[7].min() < 0
     assert_same(dict(agent.critic.state_dict()), dict(agent.critic_target.state_dict()))
     mean, _ = agent.actor(features)
     assert torch.equal(torch.tanh(adroit.hand_outputs(agent.actor, features)[-1]), mean)
@@ -252,11 +263,15 @@ class FeelingDot(gymnasium.Wrapper):
     def extras(self, success):
         joints = np.zeros(24, np.float32)
         joints[:2] = self.unwrapped.place
+        joints[2] = self.unwrapped.time / 2
         return dict(joints=joints, success=success)
 
 
+DOT = "pixel_env:Dot-v0"
+
+
 def feeling_dot(env_id, image_size):
-    return FeelingDot(adaptive_rr.make_env("pixel_env:Dot-v0", image_size))
+    return FeelingDot(adaptive_rr.make_env(DOT, image_size))
 
 
 class SerialHands(helpers.SerialEnvironments):
@@ -299,6 +314,66 @@ def test_the_joints_matter(dots, monkeypatch):
     )
     numb = checkpoint(helpers.run(adroit, *TINY))["agent"]
     assert not torch.equal(felt["actor.trunk.joint_mlp.0.weight"], numb["actor.trunk.joint_mlp.0.weight"])
+
+
+def test_joints_are_stored_with_their_frame(dots):
+    _, replay = helpers.run_and_replay(adroit, *TINY)
+    assert torch.equal(replay["joints"][:, 2], replay["record"][:, 0])  # the time in the episode
+
+
+class Feeling(nn.Module):
+    """drm.py's encoder; what adroit gets as joint angles, drm reads from the first pixels."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, obs):
+        frames, felt = obs if isinstance(obs, tuple) else (obs, obs[:, 0, 0] / 255)
+        features, active = self.encoder(frames)
+        return torch.cat([features[:, 24:], felt], 1), active
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(lambda_type="constant"), dict(target_lambda=0.0), dict(dormant_tau=0.4)], ids=str
+)
+def test_the_update_is_that_of_drm(changes, monkeypatch):
+    monkeypatch.setattr(adroit, "hand_outputs", drm.actor_outputs)
+    sides = []
+    for _ in range(2):
+        args = drm.Args(**dict(image_size=24, hidden_dim=16, feature_dim=8, learning_rate=1e-3) | changes)
+        torch.manual_seed(0)
+        agent = drm.DrMAgent(2, args)
+        agent.encoder = Feeling(agent.encoder)
+        sides.append((agent, drm.make_drm_optimizers(agent, args, torch.device("cpu")), args))
+    for i in range(5):
+        obs, *rest, next_obs, step = make_batch(1998 + 2 * i, seed=i, size=16)
+        torch.manual_seed(i)
+        felt, next_felt = obs[:, 0, 0] / 255, next_obs[:, 0, 0] / 255
+        ours = adroit.update(*sides[0], [obs, felt, *rest, next_obs, next_felt, step])
+        torch.manual_seed(i)
+        theirs = drm.update(*sides[1], [obs, *rest, next_obs, step])
+        assert all(torch.equal(ours[tag], theirs[tag]) for tag in theirs)
+    assert_same(dict(sides[0][0].state_dict()), dict(sides[1][0].state_dict()))
+
+
+@pytest.mark.parametrize("env_id", ["pixel_env:Dot-v0", "pixel_env:EndingDot-v0"])
+def test_a_run_is_drms_where_nothing_is_felt(env_id, dots, monkeypatch):
+    class Blind(drm.Encoder):
+        def forward(self, obs):
+            return super().forward(obs if torch.is_tensor(obs) else obs[0])
+
+    monkeypatch.setattr(sys.modules[__name__], "DOT", env_id)
+    monkeypatch.setattr(drm, "Encoder", partial(Blind, channels=3))
+    monkeypatch.setattr(drm, "PixelReplay", partial(drm.PixelReplay, stack=1))
+    monkeypatch.setattr(drm, "Environments", helpers.SerialEnvironments)
+    monkeypatch.setattr(adroit, "HandAgent", drm.DrMAgent)
+    monkeypatch.setattr(adroit, "hand_outputs", drm.actor_outputs)
+    for script in (drm, adroit):
+        monkeypatch.setattr(script, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
+    ours, theirs = helpers.run(adroit, *TINY), helpers.run(drm, *DRM, "--expectile", 0.7, "--env-id", env_id)
+    assert_same(checkpoint(theirs)["agent"], checkpoint(ours)["agent"])
+    assert scalars(ours) == scalars(theirs)
 
 
 def test_settings():

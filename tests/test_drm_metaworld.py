@@ -66,6 +66,12 @@ while len(looks["expert"]) < 100 and [1.0, 1.0] not in looks["expert"]:
     action = np.clip(policy.get_action(env.unwrapped._get_obs()), -1, 1).astype(np.float32)
     _, reward, _, _, info = env.step(action)
     looks["expert"].append([float(reward), float(info["success"])])
+
+env.reset(seed=2)
+plain, successes = env.unwrapped, iter([1.0, 0.0])
+step = plain.step
+plain.step = lambda action: (*step(action)[:4], dict(success=next(successes)))
+looks["first half"] = float(env.step(action)[1])
 print(json.dumps(looks))
 """
 
@@ -86,6 +92,7 @@ def test_the_environment_is_the_official_one():
     assert ours == pytest.approx(two_steps)
     assert looks["camera"], "the official camera is corner2, moved, and upright"
     assert looks["expert"][0] == [0, 0] and looks["expert"][-1] == [1, 1]  # the sparse reward
+    assert looks["first half"] == 1  # a success in the first of an action's two steps counts
 
 
 def test_a_run_on_a_real_task():
@@ -168,6 +175,8 @@ def test_dropout_acts_in_both_critics_and_the_target_learns_nothing():
     for critic in (agent.critic, agent.critic_target):
         values = [torch.stack(critic(features, action)[:2]) for _ in range(20)]
         assert any(not torch.equal(values[0], value) for value in values[1:])
+    for head in (agent.critic.q1, agent.critic.q2, agent.critic_target.q1, agent.critic_target.q2):
+        assert [module.p for module in head if isinstance(module, nn.Dropout)] == [0.01] * 2
     assert not any(weight.requires_grad for weight in agent.critic_target.parameters())
     plain = mw.MetaWorldAgent(4, mw.parse_args(TINY))
     assert not any(isinstance(module, nn.Dropout) for module in plain.modules())

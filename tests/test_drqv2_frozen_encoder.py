@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import ADAPTIVE, assert_new_outcome, assert_same, checkpoint, killed_run, scalars
+from helpers import ADAPTIVE, assert_new_outcome, assert_same, checkpoint, killed_run, run_and_replay, scalars
 
 import adaptive_rr
 import drqv2_frozen_encoder as frozen
@@ -116,22 +116,25 @@ def test_statistics_of_the_batch():
     assert not torch.allclose(stored, agent.encoder(batch[0]), atol=1e-3)
 
 
+class Features(nn.Module):
+    """DrQ-v2's encoder in the place of the frozen one."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.resnet = encoder, nn.Identity()
+
+    def forward(self, obs):
+        return self.encoder(obs)[0]
+
+
 def test_the_update_is_that_of_drqv2():
     """On the same features, adaptive_rr.py's update gives the same bits."""
-
-    class Same(nn.Module):
-        def __init__(self, encoder):
-            super().__init__()
-            self.encoder, self.resnet = encoder, nn.Identity()
-
-        def forward(self, obs):
-            return self.encoder(obs)[0]
 
     args = adaptive_rr.parse_args(ADAPTIVE)
     torch.manual_seed(0)
     theirs = adaptive_rr.DrQv2Agent(2, args)
     ours, _, our_args = tiny_agent("--projection-dim", theirs.encoder.feature_size)
-    ours.encoder = Same(adaptive_rr.Encoder(image_size=24))
+    ours.encoder = Features(adaptive_rr.Encoder(image_size=24))
     ours.encoder.encoder.load_state_dict(theirs.encoder.state_dict())
     for part in ("actor", "critic", "critic_target"):
         getattr(ours, part).load_state_dict(getattr(theirs, part).state_dict())
@@ -249,3 +252,23 @@ def test_bad_input(flags, message, capsys):
         run(*TINY, *flags)
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("env_id", ["pixel_env:Dot-v0", "pixel_env:EndingDot-v0"])
+def test_a_run_on_drqv2s_encoder_is_adaptive_rrs(env_id, monkeypatch):
+    class Plain(adaptive_rr.DrQv2Agent):
+        def __init__(self, action_dim, weights, args):
+            super().__init__(action_dim, args)
+            self.encoder = Features(self.encoder)
+
+        def mean_action(self, obs):
+            return self.actor(self.encoder(obs))[0]
+
+    monkeypatch.setattr(frozen, "FrozenEncoderAgent", Plain)
+    for script in (frozen, adaptive_rr):
+        monkeypatch.setattr(script, "Environments", helpers.SerialEnvironments)
+    ours, replay = run_and_replay(frozen, *TINY, "--env-id", env_id)
+    theirs, other = run_and_replay(adaptive_rr, *ADAPTIVE, "--rr-high", 0.5, "--env-id", env_id)
+    assert_same(replay, other)
+    a, b = scalars(ours), scalars(theirs)
+    assert len(a.keys() & b.keys()) > 10 and all(a[tag] == b[tag] for tag in a.keys() & b.keys())

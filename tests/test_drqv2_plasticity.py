@@ -217,6 +217,14 @@ def test_update_against_a_naive_one(discount):
         features = other.encoder(obs)[0]
         q1, q2, _ = other.critic(features, action)
         critic_loss = ((q1 - target) ** 2).mean() + ((q2 - target) ** 2).mean()
+        shares = []
+        for x, layers in ((obs / 255 - 0.5, other.encoder.convnet[::2]),
+                          (other.actor.trunk(features.detach()), other.actor.policy[:4:2])):  # fmt: skip
+            activations = []
+            for layer in layers:
+                activations.append(x := layer(x).relu())
+            shares.append(sum(int((a > 0).sum()) for a in activations) / sum(a.numel() for a in activations))
+        assert [float(metrics[f"fau/{name}"]) for name in ("encoder", "actor")] == pytest.approx(shares, abs=2e-3)
         encoder.zero_grad(), critic.zero_grad()
         critic_loss.backward()
         critic.step(), encoder.step()
@@ -261,6 +269,34 @@ def test_schedules_and_tables():
     assert frames == [1_001_000, 3_001_000, 30_100_000]
 
 
+def test_tasks_and_defaults_are_the_same_in_all_pixel_scripts():
+    import adaptive_rr as rr
+    import drm
+    import drqv2_frozen_encoder as frozen
+
+    assert rr.TASKS == frozen.TASKS == drq.TASKS
+    assert rr.TASKS["quadruped-run"] == dict(buffer_size=100_000)
+    names = (
+        "learning_starts", "exploration_steps", "eval_every", "eval_episodes", "batch_size", "feature_dim",
+        "hidden_dim", "n_step", "gamma", "tau", "learning_rate", "stddev_start", "stddev_end", "stddev_clip",
+        "shift_pad", "buffer_size",
+    )  # fmt: skip
+    official = (2000, 2000, 5000, 10, 256, 50, 1024, 3, 0.99, 0.01, 1e-4, 1.0, 0.1, 0.3, 4, 10**6)
+    for script in (drq, rr, frozen, drm):
+        assert tuple(getattr(script.Args, name) for name in names) == official, script.SCRIPT
+    assert (rr.Args.rr_low, rr.Args.rr_high, rr.Args.rr_check_episodes, rr.Args.rr_threshold) == (0.5, 2, 50, 0.001)
+    assert (drq.Args.replay_ratio, frozen.REPLAY_RATIO, drq.Args.redo_tau, drq.Args.redo_batch_size) == (
+        0.5, 0.5, 0.025, 64)  # fmt: skip
+    assert (drq.Args.shrink, drq.Args.perturb, drq.Args.plasticity_batch_size) == (0.2, 1.0, 256)
+
+
+def test_a_reset_resets_group_norms():
+    norm = nn.GroupNorm(1, 4)
+    norm.weight.data.fill_(2)
+    drq.reset_layers([norm], [], generator())
+    assert (norm.weight == 1).all()
+
+
 def test_acting():
     agent, _, _ = make_agent()
     obs = make_batch()[0][:1]
@@ -302,6 +338,10 @@ def test_measure_plasticity():
     assert metrics["weight_norm/actor"] == pytest.approx(norm, rel=1e-5)
     with torch.no_grad():
         hidden = agent.actor(agent.encoder(obs)[0])[1][-1]
+        features = agent.encoder(obs)[0]
+        last = agent.critic(features, action)[2][1]
+    ranks = [int(drq.feature_rank(x)) for x in (features, hidden, last)]
+    assert [metrics[f"feature_rank/{name}"] for name in ("encoder", "actor", "critic")] == ranks
     share = torch.linalg.svdvals(hidden).cumsum(0)
     rank = next(k for k in range(1, 17) if share[k - 1] >= 0.99 * share[-1])
     assert metrics["feature_rank/actor"] == rank
@@ -331,7 +371,8 @@ def test_crelu():
     first, _, second, _, last = agent.critic.q1
     assert [m.weight.shape for m in (first, second, last)] == [(16, 14), (16, 32), (1, 32)]
     assert drq.update(agent, optimizers, arguments, make_batch())["fau/critic"] != 0.5
-    assert isinstance(agent.critic_target.q1, drq.CReLULayers) and type(agent.actor.policy) is drq.Layers
+    heads = [head for critic in (agent.critic, agent.critic_target) for head in (critic.q1, critic.q2)]
+    assert all(type(head) is drq.CReLULayers for head in heads) and type(agent.actor.policy) is drq.Layers
 
 
 def test_layer_norm():
@@ -357,7 +398,7 @@ def test_layer_norm():
                                           ("head", ["actor.policy", "critic.q1", "critic.q2"])])  # fmt: skip
 def test_spectral_norm(where, names):
     """In evaluation mode, as between updates, a forward pass does not move its estimate."""
-    agent, optimizers, arguments = make_agent(spectral_norm=where, learning_rate=0.1)
+    agent, optimizers, arguments = make_agent(spectral_norm=where, learning_rate=0.1, tau=0.5)
     normalised = [name for name, module in agent.named_modules() if torch.nn.utils.parametrize.is_parametrized(module)]
     assert sorted(n for n in normalised if "target" not in n) == [f"{name}.0" for name in names]
     for i in range(20):
@@ -367,6 +408,8 @@ def test_spectral_norm(where, names):
         with torch.no_grad():
             assert torch.linalg.svdvals(layer.parametrizations.weight.original)[0] > 1.2
             assert torch.linalg.svdvals(layer.weight)[0] == pytest.approx(1, abs=0.1)
+            target = agent.get_submodule(name.replace("critic", "critic_target"))[0]
+            assert torch.linalg.svdvals(target.weight)[0] == pytest.approx(1, abs=0.1)
     before = state(agent)
     drq.measure_modules(agent, *make_batch()[:2])
     assert same(before, state(agent))

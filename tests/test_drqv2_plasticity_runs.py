@@ -129,7 +129,7 @@ def test_a_foreign_environment(env_id):
     assert done.returncode == 0, done.stderr
     (run_dir,) = Path("runs").iterdir()
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["eval/episodic_length"] == 100 if env_id == "Pendulum-v1" else 20
+    assert summary["eval/episodic_length"] == (100 if env_id == "Pendulum-v1" else 20)
     assert summary["gradient_steps"] == 5 and summary["eval/episodic_return"] < 0
 
 

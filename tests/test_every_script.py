@@ -541,14 +541,17 @@ def test_a_program_that_ends_through_an_error_waits_for_no_environment(script, g
 
 @pytest.mark.parametrize("script", [*PIXEL_SCRIPTS, frozen, metaworld, adroit], ids=lambda script: script.SCRIPT)
 def test_success_rate_length_and_return_of_an_evaluation(script):
-    """Three environments: the first has its success in the middle; the second's comes after its end; the third's none.
-    Of four episodes, the last two of the second round are too many."""
+    """Three environments: the first has its success in the middle and terminates; the second's success comes after its
+    end; the third has none. Of four episodes, the last two of the second round are too many."""
     ends, successes = [3, 2, 4], {(0, 2), (1, 3)}  # (environment, step)
+
+    asked = []
 
     class Playing:
         num_envs, time = 3, 0
 
         def reset(self, seeds):
+            asked.extend(seeds)
             self.time, self.info = 0, dict(success=np.zeros(3), joints=np.zeros((3, 24), np.float32))
             return np.zeros((3, 3, 24, 24), np.uint8), self.info
 
@@ -558,19 +561,22 @@ def test_success_rate_length_and_return_of_an_evaluation(script):
         def step_wait(self):
             success = np.array([float((i, self.time) in successes) for i in range(3)])
             over = np.array([self.time >= end for end in ends])
-            reward, never = np.array([1.0, 10.0, 100.0]), np.zeros(3, bool)
+            reward, first = np.array([1.0, 10.0, 100.0]), np.arange(3) == 0
             frame = np.full((3, 3, 24, 24), self.time, np.uint8)
-            return frame, reward, never, over, self.info | dict(success=success)
+            info = dict(success=success, joints=np.full((3, 24), self.time, np.float32))
+            return frame, reward, over & first, over & ~first | (self.time > 5), info
 
     run, agent, seen = unittest.mock.Mock(stopped=None), unittest.mock.Mock(), []
 
-    def mean_action(obs):  # Adroit's comes with the joints
+    def mean_action(obs):  # Adroit's comes with the joints, of the same time
+        assert torch.is_tensor(obs) or (obs[1] == obs[0][:, 0, 0, :1]).all()
         seen.append((obs if torch.is_tensor(obs) else obs[0])[0, ::3, 0, 0].tolist())
         return torch.zeros(3, 2)
 
     agent.mean_action = mean_action
     args = unittest.mock.Mock(eval_episodes=4, seed=1, capture_video=False)
-    metrics = script.evaluate(agent, Playing(), args, 0, "cpu", run)
+    metrics = script.evaluate(agent, Playing(), args, 7, "cpu", run)
+    assert asked == [script.derived_seed(1, 1, 7, i) for i in range(6)]
     assert metrics["eval/success_rate"] == 2 / 4  # the first environment's, twice
     assert metrics["eval/episodic_length"] == (3 + 2 + 4 + 3) / 4
     assert metrics["eval/episodic_return"] == (3 + 20 + 400 + 3) / 4

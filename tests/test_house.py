@@ -89,7 +89,12 @@ LENGTHS = {
     ("act", "crl_deep", "studies/crl_baselines"), ("evaluate", "crl_deep", "studies/crl_baselines"),
     ("act", "crl_deep", "studies/crl_collector"), ("act", "redo_dqn_atari", "studies/drq_eps_atari"),
     ("act", "redo_dqn_atari", "studies/redo_variants"), ("update", "redo_dqn_atari", "studies/redo_variants"),
-    ("act", "adaptive_rr", "drm"), ("evaluate", "adaptive_rr", "drm"),
+    *(("make_env", "drqv2_plasticity", script) for script in ("adaptive_rr", "drm", "studies/drqv2_frozen_encoder")),
+    *(("act", "adaptive_rr", script) for script in ("drqv2_plasticity", "drm", "studies/drqv2_frozen_encoder",
+                                                    "studies/drm_metaworld", "studies/drm_adroit")),
+    *(("evaluate", "adaptive_rr", script) for script in ("drqv2_plasticity", "drm", "studies/drqv2_frozen_encoder",
+                                                         "studies/drm_metaworld")),
+    ("update", "drm", "studies/drm_metaworld"), ("sample_batch", "drm", "studies/drm_metaworld"),
 ])  # fmt: skip
 def test_copies_of_what_a_script_writes_for_itself(name, one, other):
     """They need not be the same, but these are, and their tests stand beside the first."""
