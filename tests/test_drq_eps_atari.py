@@ -333,13 +333,6 @@ def test_the_game_has_no_sticky_actions_and_whole_rewards():
     assert study.begin_episodes(envs, torch.Generator().manual_seed(0))[1]["episode_frame_number"] == 0
 
 
-def test_all_streams_of_random_numbers_begin_differently(monkeypatch):
-    seeds, derived_seed = [1], study.derived_seed
-    monkeypatch.setattr(study, "derived_seed", lambda *numbers: seeds.append(derived_seed(*numbers)) or seeds[-1])
-    run(*TINY)
-    assert len(set(seeds)) == len(seeds) > 8
-
-
 def test_defaults_are_the_papers():
     args = study.Args()
     assert (args.n_step, args.batch_size, args.learning_rate, args.adam_eps, args.end_e) == (10, 32, 1e-4, 1.5e-4, 0.01)

@@ -16,6 +16,8 @@ import gymnasium
 import moviepy
 import numpy as np
 import pytest
+import test_drq_eps_atari
+import test_redo_sac
 import torch
 import torch.utils.tensorboard
 from helpers import TINY, assert_same, checkpoint, killed_run, ring_of, run, scalars, stopped_run, wait_for
@@ -26,9 +28,11 @@ import crl_deep as crl
 import drm
 import drm_adroit as adroit
 import drm_metaworld as metaworld
+import drq_eps_atari as drq_eps
 import drqv2_frozen_encoder as frozen
 import drqv2_plasticity as drq
 import redo_dqn_atari as redo
+import redo_sac as sac
 
 every_script = pytest.mark.parametrize("script, flags", TINY.items(), ids=lambda value: getattr(value, "SCRIPT", ""))
 ENDLESS = {
@@ -319,14 +323,15 @@ def test_a_film_that_fails_costs_a_line(script, flags, monkeypatch, capsys):
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script", [s for s in TINY if s is not crl], ids=lambda script: script.SCRIPT)
-def test_all_streams_of_random_numbers_begin_differently(script, monkeypatch):
+@pytest.mark.parametrize("script, streams", [(redo, 5), (drq, 4), (rr, 2), (drm, 4), (sac, 5), (drq_eps, 5)],
+                         ids=lambda value: getattr(value, "SCRIPT", ""))  # fmt: skip
+def test_all_streams_of_random_numbers_begin_differently(script, streams, monkeypatch):
     """torch's CPU generators keep 32 bits of a seed: 1 and 1 + 2**32 are the same stream."""
     seeds, derived_seed = [1], script.derived_seed  # 1: of torch's own stream
     with monkeypatch.context() as patch:
         patch.setattr(script, "derived_seed", lambda *numbers: seeds.append(derived_seed(*numbers)) or seeds[-1])
-        run(script, *TINY[script])
-    assert len(seeds) >= {redo: 5, drq: 4, rr: 2, drm: 4}[script] + 6  # episodes
+        run(script, *(TINY | {sac: test_redo_sac.TINY, drq_eps: test_drq_eps_atari.TINY})[script])
+    assert len(seeds) >= streams + 6  # episodes
     draws = [tuple(torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()) for seed in seeds]
     assert len(set(draws)) == len(draws)
 

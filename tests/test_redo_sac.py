@@ -485,13 +485,6 @@ def test_an_evaluation_by_hand():
     assert np.array(envs[1].actions[:5]) == pytest.approx(study.act(agent, seen, None, cpu), abs=1e-6)
 
 
-def test_all_streams_of_random_numbers_begin_differently(monkeypatch):
-    seeds, derived_seed = [1], study.derived_seed
-    monkeypatch.setattr(study, "derived_seed", lambda *numbers: seeds.append(derived_seed(*numbers)) or seeds[-1])
-    run(*TINY)
-    assert len(set(seeds)) == len(seeds) > 8
-
-
 def test_defaults_are_the_papers():
     args = study.parse_args([])
     assert (args.learning_starts, args.buffer_size, args.batch_size, args.redo_batch_size) == (10_000, 10**6, 256, 256)
