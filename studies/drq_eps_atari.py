@@ -29,7 +29,8 @@ the weights of both are zeroed.                                                 
 Adaptive RR (--method adaptive): the replay ratio starts at 0.5 and becomes 2 as soon as the fraction of active units
 (FAU) has settled: the averages of two intervals of 2000 steps differ by at most 0.001.             -> `PlateauDetector`
 
-    SCALE=small bash benchmark/redo_dqn_atari/drq_fig17.sh         dormant neurons at replay ratio 1 and 2, on a CPU
+    SCALE=small bash benchmark/redo_dqn_atari/drq_fig17.sh         replay ratio 1 and 2 on two CPU cores, 85 minutes
+                                                                   (WORKERS=2): no neuron stays dormant (tau 0)
     python studies/drq_eps_atari.py --total-timesteps 100000       Asterix, ReDo at replay ratio 1: for a GPU
     SCALE=paper bash benchmark/redo_dqn_atari/drq_fig10d.sh        26 games, 400,000 steps, IQM at replay ratio 1, 2, 4,
                                                    8: DrQ(eps) 0.61, 0.53, 0.425, 0.35; ReDo 0.635, 0.615, 0.56, 0.515
