@@ -29,16 +29,16 @@ The agent is DrQ-v2 (Yarats et al. 2022). Data augmentation shifts o_t and o_{t+
     critic and encoder:  sum_k ( Q_k(f(o_t), a_t) - y )^2                                                 -> `update`
     actor:               - min_k Q_k( f(o_t), a )   a ~ pi(f(o_t)); f gets no gradient
 
-    python adaptive_rr.py --env-id dm_control/quadruped-run-v0      the paper's setting, 3M frames: for a GPU
-    python adaptive_rr.py --rr-high 0.5                             plain DrQ-v2; --rr-low 2: at a high replay ratio
-    SCALE=small bash benchmark/adaptive_rr/pendulum.sh              15 small runs: 100 minutes on two cores (WORKERS=2)
+    python adaptive_rr.py              Quadruped Run, 3M frames: for a GPU. Paper, at 2M: 784 (ratio 0.5: 579, 2: 417)
+    python adaptive_rr.py --rr-high 0.5                              plain DrQ-v2; --rr-low 2: at a high replay ratio
+    SCALE=small WORKERS=2 bash benchmark/adaptive_rr/pendulum.sh     100 minutes on two cores: -230 (0.5: -996, 2: -202)
 
 Differences from the official code (Guozheng-Ma/Adaptive-Replay-Ratio), and the reasons for them:
  1. One ring stores each frame once: 21 GB for 1M steps instead of 63.5 GB. Batches are drawn from all of it, including
     the current episode; officially, 4 loaders hold a part each, see it late, and draw short episodes as often as long.
  2. A check interval of 1 divides by zero in the official code; here it is refused.
  3. Termination stops the bootstrap; officially, a discount of 0 becomes 1 (no task in the paper terminates).
- 4. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
+ 4. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 (of 0 to 255).
  5. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
  6. The fraction is summed on the device and read once per episode; officially, every update waits for the GPU.
  7. Evaluations play other episodes than training; officially, both begin with the same seed.
@@ -87,7 +87,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # when checkpoints contain the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -100,27 +100,27 @@ class RunArgs:
 
 @dataclass
 class Args(RunArgs):
-    """Adaptive RR on DrQ-v2. A step is an agent step, 2 frames. Some tasks have other defaults: see TASKS."""
+    """Adaptive RR on DrQ-v2. A step is an agent step, 2 frames. A task's own defaults: --env-id <task> --help."""
 
     exp_name: str = "adaptive_rr"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
     env_id: str = "dm_control/quadruped-run-v0"  # dm_control/<domain>-<task>-v0, or any environment that renders frames
     image_size: Annotated[int, (15, 1000)] = 84  # height and width of the frames in pixels
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
-    total_timesteps: Count = 1_500_500  # steps of the whole run
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
+    total_timesteps: Count = 1_500_500  # steps of the whole run: 3M frames and, as in the official code, 500 steps
     eval_every: Count = 5000  # steps between evaluations, at the next end of an episode; one more at the end
     eval_episodes: Count = 10  # episodes per evaluation, played with the mean action
 
     # DrQ-v2
     learning_starts: Count = 2000  # steps before the first gradient step
-    exploration_steps: Annotated[int, (0, 10**12)] = 2000  # first steps, with uniform random actions
-    buffer_size: Count = 1_000_000  # frames in the replay, 21 kB each
+    exploration_steps: Annotated[int, (0, 10**12)] = 2000  # steps with uniform random actions, at the beginning
+    buffer_size: Count = 1_000_000  # images in the replay, 21 kB each: one per step, and one more per episode
     batch_size: Count = 256  # transitions per gradient step
     n_step: Count = 3  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
     tau: Share = 0.01  # Polyak coefficient of the target critic, per gradient step
     learning_rate: NonNegative = 1e-4  # Adam's, for encoder, actor and critic
-    feature_dim: Count = 50  # output units of the trunks
+    feature_dim: Count = 50  # output units of the trunks, the linear layers between encoder and heads
     hidden_dim: Count = 1024  # units of each hidden layer of the heads
     stddev_start: NonNegative = 1.0  # standard deviation of the exploration noise at the beginning
     stddev_end: NonNegative = 0.1  # standard deviation of that noise after its linear decay
@@ -132,14 +132,14 @@ class Args(RunArgs):
     rr_low: Annotated[float, (1e-6, 1e6)] = 0.5  # replay ratio at first
     rr_high: Annotated[float, (1e-6, 1e6)] = 2.0  # replay ratio after the switch; equal to --rr-low: no switch
     rr_switch_step: Annotated[int | None, (1, 10**12)] = None  # switch at this step, not when the critic's FAU settles
-    rr_check_episodes: Annotated[int, (2, 10**12)] = 50  # episodes between checks
+    rr_check_episodes: Annotated[int, (2, 10**12)] = 50  # episodes between checks of the fraction of active units (FAU)
     rr_threshold: NonNegative = 0.001  # the FAU has settled when two checks differ by at most this
 
     def task_defaults(self) -> dict:
         return TASKS.get(self.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
 
 
-# What differs from the defaults, which are DrQ-v2's settings for medium tasks
+# Where the official code leaves the defaults (the paper's table has n 3, batch 256, buffer 1M, decay 500,000 for all)
 EASY = dict(total_timesteps=500_500, stddev_steps=100_000)
 HARD = dict(total_timesteps=15_050_000, stddev_steps=2_000_000, learning_rate=8e-5, feature_dim=100)
 WALKER = dict(n_step=1, batch_size=512)
@@ -256,7 +256,7 @@ class PixelReplay:
             self.start[self.num_starts % self.capacity] = self.num_frames - self.n_step
             self.num_starts += 1
         self.num_frames += 1
-        self.num_steps += self.age > 0  # an episode's first frame is none
+        self.num_steps += self.age > 0  # no step led to an episode's first frame
         oldest = self.num_frames - self.capacity  # the oldest frame of a full ring; a start needs its whole stack
         while len(self) and oldest > max(0, self.start[self.oldest_start % self.capacity] - self.stack + 1):
             self.oldest_start += 1
@@ -439,7 +439,7 @@ class PlateauDetector:
     Every check_episodes whole episodes, the average over the last one is compared with that of the check before, and at
     the first check with the very first training batch. The FAU has settled when they differ by at most the threshold.
     This is a plateau, not a recovery: it also comes at the early minimum, on a slow decline, after a collapse. Episodes
-    without a gradient step are not checked. How much it fluctuates depends on batch and length of episodes.
+    without a gradient step are not checked. How much the average varies depends on the batch and on episodes' length.
     """
 
     def __init__(self, check_episodes=50, threshold=0.001):
@@ -450,7 +450,7 @@ class PlateauDetector:
         self.switched = False  # stays True
 
     def first_batch(self, share: float) -> None:
-        self.reference = share  # of the very first training batch; without it, the first check only sets it
+        self.reference = share  # the FAU of the first training batch; if never called, the first check only sets it
 
     def end_episode(self, average: float | None) -> float | None:
         """To be called after every whole episode, with the average FAU over its gradient steps, if there were any ->
@@ -490,8 +490,8 @@ def truncated_normal(mean, std, clip: float) -> torch.Tensor:
 
 
 def update(agent, optimizers, args, batch: list) -> dict:
-    """One gradient step for critic and encoder, one for the actor, one for the target. batch: augmented obs, action,
-    reward, discount, augmented next_obs, standard deviation of the noise (0-d) -> detached metrics, on the device."""
+    """One gradient step of critic and encoder, one of the actor, a Polyak step of the target. batch: augmented obs,
+    action, reward, discount, augmented next_obs, standard deviation of the noise -> detached metrics, on the device."""
     obs, action, reward, discount, next_obs, std = batch
     encoder_optimizer, actor_optimizer, critic_optimizer = optimizers
     bfloat16 = args.precision == "bfloat16"
@@ -538,8 +538,8 @@ def stddev_at(step: int, args) -> float:
 
 
 def act(agent, obs, stddev: float, uniform: bool, generator) -> np.ndarray:
-    """A training action (1, action) for obs (1, channels, height, width): the mean plus noise, which is not clipped, or
-    a uniform action. Drawn with a CPU generator."""
+    """A training action (1, action) for obs (1, channels, height, width): mean plus noise (clamped together, the noise
+    alone is not), or uniform. Both are drawn every time, with a CPU generator."""
     with torch.no_grad():
         mean = agent.mean_action(obs).cpu()
     noisy = mean + stddev * torch.randn(mean.shape, generator=generator)
@@ -622,7 +622,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
-    learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if resumed without replay
     first_update = gradient_steps
     envs = Environments(args, 1, run)
     eval_envs = Environments(args, min(args.eval_episodes, os.cpu_count()), run)

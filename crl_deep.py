@@ -95,7 +95,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # when checkpoints contain the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -113,7 +113,7 @@ class Args(RunArgs):
 
     exp_name: str = "crl_deep"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every reset
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of matrix products in the update: see set_precision
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
 
     # Environment
     env_id: str = "point_room"  # <point|ant|humanoid>, alone or with _<maze>: ant_u4_maze, humanoid, point_room, ...
@@ -585,7 +585,7 @@ class GaussianActor(nn.Module):
 
 
 def sample_action(mean, log_std) -> tuple:
-    """a = tanh(u), u ~ N(mean, std^2), reparameterised -> action (batch, action_dim), log pi(a | s, g) (batch,)."""
+    """a = tanh(u), u ~ N(mean, std^2), reparameterised -> action (batch, action_dim), log pi(a) (batch,)."""
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * float(np.log(2 * np.pi))

@@ -17,7 +17,7 @@
 # ///
 """Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages (Ma et al., ICLR 2024,
 arXiv 2310.07418): data augmentation makes visual RL work because it preserves plasticity, above all the critic's, and
-above all early in training. Each flag is an arm of the study: DrQ-v2 on pixels of the DeepMind Control Suite.
+above all early in training. Each arm of the study is a flag: DrQ-v2 on pixels of the DeepMind Control Suite.
 
 Plasticity is measured by the fraction of active units of a module with N units (Eq. 1):                       -> `fau`
     FAU = 1/N sum_n 1[a_n(x) > 0]      a: after each ReLU, feature maps included; averaged over a training batch
@@ -25,14 +25,14 @@ The agent is DrQ-v2 (Yarats et al. 2022). Data augmentation shifts o_t and o_{t+
     y   = sum_{i<n} gamma^i r_{t+i} + gamma^n min_k Q_target_k( f(o_{t+n}), a' )     a' ~ pi(f(o_{t+n})), noise clipped
     critic and encoder:  sum_k ( Q_k(f(o_t), a_t) - y )^2                                                 -> `update`
     actor:               - min_k Q_k( f(o_t), a )   a ~ pi(f(o_t)); f gets no gradient
-What the study changes:
+What the study changes (Fig. 2's interventions and the plain agent run with --no-augmentation):
     augmentation on, off, switched (Figs. 1, 3, 6); replay ratio (Figs. 7, 8); heavy priming (Figs. 14, 15) -> `train`
     layer norm, spectral norm, CReLU; L2-Init, weight decay, from the beginning (Fig. 2)     -> `prepare` and `penalise`
-    resets (Fig. 1), shrink and perturb (Fig. 2), plasticity injection (Fig. 5), ReDo                     -> `intervene`
+    resets (Fig. 1), shrink and perturb (Fig. 2), plasticity injection (Fig. 5), ReDo (Table 1)           -> `intervene`
 
-    python drqv2_plasticity.py --no-augmentation         Walker Run, 3M frames: for a GPU. Paper: the critic's FAU ends
-                                                         at .204, with augmentation at .418
-    SCALE=small bash benchmark/drqv2_plasticity/pendulum.sh   24 small runs: over two hours on two cores (WORKERS=2)
+    python drqv2_plasticity.py --no-augmentation         Walker Run, 3M frames: for a GPU. Authors' figure: the critic's
+                                                         FAU ends near .20, with augmentation near .42
+    SCALE=small WORKERS=2 bash benchmark/drqv2_plasticity/pendulum.sh     24 small runs: over two hours on two cores
 
 FAU counts active elements: it is not one minus the dormant ratio. At a plasticity injection the critic's FAU,
 feature rank and weight norm jump though no output changes: from then on, only the head that learns is counted.
@@ -40,7 +40,7 @@ Differences from the official code (facebookresearch/drqv2, Guozheng-Ma/Adaptive
  1. One ring stores each frame once: 21 GB for 1M steps instead of 63.5 GB. Batches are drawn from all of it, including
     the current episode; officially, 4 loaders hold a part each, see it late, and draw short episodes as often as long.
  2. Termination stops the bootstrap; officially, a discount of 0 becomes 1 (no task in the paper terminates).
- 3. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 of 255 levels.
+ 3. The random shift copies whole pixels; the official bilinear interpolation differs by less than 0.004 (of 0 to 255).
  4. The actor's loss computes no gradients for the critic; officially, they are computed and thrown away.
  5. Metrics are summed on the device and read once per episode; officially, every update waits for the GPU.
  6. Evaluations play other episodes than training; officially, both begin with the same seed.
@@ -90,7 +90,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # when checkpoints contain the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -103,31 +103,31 @@ class RunArgs:
 
 @dataclass
 class Args(RunArgs):
-    """DrQ-v2, and what the paper does to it. A step is an agent step, 2 frames. Some tasks have other defaults: see
-    TASKS."""
+    """DrQ-v2, and what the paper does to it. A step is an agent step, 2 frames; "ours": the paper leaves it open. Some
+    tasks have defaults of their own: --env-id <task> --help."""
 
     exp_name: str = "drqv2_plasticity"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
     env_id: str = "dm_control/walker-run-v0"  # dm_control/<domain>-<task>-v0, or any environment that renders frames
     image_size: Annotated[int, (15, 1000)] = 84  # height and width of the frames in pixels
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
-    total_timesteps: Count = 1_500_500  # steps of the whole run
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
+    total_timesteps: Count = 1_500_500  # steps of the whole run: 3M frames and, as in the official code, 500 steps
     eval_every: Count = 5000  # steps between evaluations, at the next end of an episode; one more at the end
     eval_episodes: Count = 10  # episodes per evaluation, played with the mean action
     plasticity_every: Count = 5000  # steps between logs of dormant ratio, feature rank and weight norm
-    plasticity_batch_size: Count = 256  # transitions that they are measured on, not augmented
+    plasticity_batch_size: Count = 256  # transitions, not augmented, that rank and dormant ratio are measured on
 
     # DrQ-v2
     learning_starts: Count = 2000  # steps before the first gradient step
-    exploration_steps: Period = 2000  # first steps, with uniform random actions
+    exploration_steps: Period = 2000  # steps with uniform random actions, at the beginning
     replay_ratio: Annotated[float, (1e-6, 1e6)] = 0.5  # gradient steps per step
-    buffer_size: Count = 1_000_000  # frames in the replay, 21 kB each
+    buffer_size: Count = 1_000_000  # images in the replay, 21 kB each: one per step, and one more per episode
     batch_size: Count = 256  # transitions per gradient step
     n_step: Count = 3  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
     tau: Share = 0.01  # Polyak coefficient of the target critic, per gradient step
     learning_rate: NonNegative = 1e-4  # Adam's, for encoder, actor and critic
-    feature_dim: Count = 50  # output units of the trunks
+    feature_dim: Count = 50  # output units of the trunks, the linear layers between encoder and heads
     hidden_dim: Count = 1024  # units of each hidden layer of the heads
     stddev_start: NonNegative = 1.0  # standard deviation of the exploration noise at the beginning
     stddev_end: NonNegative = 0.1  # standard deviation of that noise after its linear decay
@@ -137,11 +137,11 @@ class Args(RunArgs):
 
     # Data augmentation and heavy priming
     augmentation: bool = True  # random shifts of the training batches
-    augmentation_switch_step: Annotated[int | None, (1, 10**12)] = None  # flip it from this step on
-    priming_gradient_steps: Period = 0  # heavy priming: all at the first learning step (paper: 100000)
+    augmentation_switch_step: Annotated[int | None, (1, 10**12)] = None  # augmentation off (or on) from this step on
+    priming_gradient_steps: Period = 0  # heavy priming: gradient steps at once when learning starts (paper: 100000)
 
     # Interventions: at their steps ...
-    reset_every: Period = 0  # steps between resets of all heads (and trunks: ours), with their Adam; 0: never
+    reset_every: Period = 0  # steps between resets of all heads (and trunks: ours), with Adam's state; 0: never
     shrink_perturb_every: Period = 0  # steps (ours) between critic := shrink * critic + perturb * new weights; 0: never
     shrink: Share = 0.2  # "multiplying the critic network weights by a small scalar" (paper; which one: ours)
     perturb: Share = 1.0  # "a perturbation equivalent to the weights of a randomly initialized network" (paper)
@@ -149,19 +149,19 @@ class Args(RunArgs):
     redo_tau: NonNegative = 0.025  # recycle neurons with a score of at most this
     redo_batch_size: Count = 64  # transitions that the scores are taken over
     injection: Literal["none", "actor", "critic"] = "none"  # plasticity injection into this module's heads
-    injection_step: Count = 500_000  # at this step
+    injection_step: Count = 500_000  # step of the plasticity injection (paper: frame 1M, which is step 500000)
     # ... and from the beginning
     weight_decay: NonNegative = 0.0  # times the weights, added to gradients before Adam (paper: 1e-5; all nets: ours)
     l2_init: NonNegative = 0.0  # times (weights - those of step 0)^2 of critic and encoder, in the loss (paper: 1e-2)
     layer_norm: bool = False  # before each ReLU of convolutions and heads (ours: over all channels and positions)
     spectral_norm: Literal["none", "trunk", "head"] = "none"  # of the first linear layer of trunks or heads
-    crelu: bool = False  # the critic's heads get [ReLU(x), ReLU(-x)] (of all units: ours)
+    crelu: bool = False  # [ReLU(x), ReLU(-x)] in the critic's heads: twice as many activations, the same units (ours)
 
     def task_defaults(self) -> dict:
         return TASKS.get(self.env_id.removeprefix("dm_control/").removesuffix("-v0"), {})
 
 
-# What differs from the defaults, which are DrQ-v2's settings for medium tasks
+# Where the official code leaves the defaults (the paper's table has n 3, batch 256, buffer 1M, decay 500,000 for all)
 EASY = dict(total_timesteps=500_500, stddev_steps=100_000)
 HARD = dict(total_timesteps=15_050_000, stddev_steps=2_000_000, learning_rate=8e-5, feature_dim=100)
 WALKER = dict(n_step=1, batch_size=512)
@@ -279,7 +279,7 @@ class PixelReplay:
             self.start[self.num_starts % self.capacity] = self.num_frames - self.n_step
             self.num_starts += 1
         self.num_frames += 1
-        self.num_steps += self.age > 0  # an episode's first frame is none
+        self.num_steps += self.age > 0  # no step led to an episode's first frame
         oldest = self.num_frames - self.capacity  # the oldest frame of a full ring; a start needs its whole stack
         while len(self) and oldest > max(0, self.start[self.oldest_start % self.capacity] - self.stack + 1):
             self.oldest_start += 1
@@ -473,8 +473,8 @@ def dormant_share(score: torch.Tensor, tau: float) -> torch.Tensor:
 
 
 def feature_rank(features: torch.Tensor, delta: float = 0.01) -> torch.Tensor:
-    """How many singular values of (batch, neurons) hold a share 1 - delta of their sum (Kumar et al. 2021;
-    Sokar et al. 2023, Table 7); NaN where a feature is not finite."""
+    """How many of the largest singular values of (batch, neurons) hold a share 1 - delta of the sum of all (Kumar et
+    al. 2021; Sokar et al. 2023, Table 7): at most the batch size. NaN where a feature is not finite."""
     if not features.isfinite().all():
         return torch.tensor(math.nan)
     share = torch.linalg.svdvals(features.float()).cumsum(0)
@@ -516,9 +516,9 @@ def initial_weight(layer: nn.Module, generator: torch.Generator) -> torch.Tensor
 
 @torch.no_grad()
 def reset_layers(layers, optimizers: list, generator, step_counts: bool = False) -> None:
-    """Resets layers (Nikishin et al. 2022), in place: new weights, biases 0, scales of norms 1. The optimizers forget
-    their averages of them; with step_counts, they also count their steps from 0 again. layers: as from
-    `module.modules()`; what has no weights of its own is left alone."""
+    """Resets layers (Nikishin et al. 2022), in place: linear layers and Conv2d get new weights and biases 0, LayerNorm
+    and GroupNorm scales 1 and biases 0; other layers keep theirs. The optimizers forget their averages of all of these
+    layers; with step_counts, they also count their steps from 0 again. layers: for example `module.modules()`."""
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.weight.copy_(initial_weight(layer, generator))
@@ -534,7 +534,7 @@ def reset_layers(layers, optimizers: list, generator, step_counts: bool = False)
 
 
 def forget(optimizer, parameter, mask) -> None:
-    """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
+    """Zeroes what an optimizer remembers of a parameter's elements, in place; mask (broadcastable to it) bool."""
     for value in optimizer.state.get(parameter, {}).values():
         if value.shape == parameter.shape:
             value.masked_fill_(mask, 0)
@@ -572,8 +572,8 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
 
 @torch.no_grad()
 def shrink_and_perturb(module: nn.Module, shrink: float, perturb: float, generator) -> None:
-    """Ash and Adams 2020, in place: weights := shrink * weights + perturb * freshly initialised ones; biases and norms,
-    too. What Adam remembers, and a target network, stay as they are (ours)."""
+    """Ash and Adams 2020, in place: weights := shrink * weights + perturb * freshly initialised ones, biases and norms,
+    too, of the layers that `reset_layers` knows. What Adam remembers, and a target network, stay as they are (ours)."""
     fresh = copy.deepcopy(module)
     reset_layers(fresh.modules(), [], generator)
     for weight, new in zip(module.parameters(), fresh.parameters()):
@@ -613,7 +613,8 @@ def inject(heads: list, optimizers: list, generator) -> None:
 
 
 def l2_init(optimizer, coefficient: float) -> None:
-    """L2-Init (Kumar et al. 2023): adds the gradient of coefficient * sum (w - w_0)^2 before each of its steps."""
+    """L2-Init (Kumar et al. 2023): before each step, adds the gradient of coefficient * sum (w - w_0)^2; w_0: the first
+    parameter group's weights at this call (a resumed run makes the same ones again, from its seed)."""
     weights = optimizer.param_groups[0]["params"]
     initial = [weight.detach().clone() for weight in weights]
 
@@ -784,8 +785,8 @@ def stddev_at(step: int, args) -> float:
 
 
 def act(agent, obs, stddev: float, uniform: bool, generator) -> np.ndarray:
-    """A training action (1, action) for obs (1, channels, height, width): the mean plus noise, which is not clipped, or
-    a uniform action. Drawn with a CPU generator."""
+    """A training action (1, action) for obs (1, channels, height, width): mean plus noise (clamped together, the noise
+    alone is not), or uniform. Both are drawn every time, with a CPU generator."""
     with torch.no_grad():
         mean = agent.mean_action(obs).cpu()
     noisy = mean + stddev * torch.randn(mean.shape, generator=generator)
@@ -869,7 +870,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
-    learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if resumed without replay
     first_update = gradient_steps
     envs = Environments(args, 1, run)
     eval_envs = Environments(args, min(args.eval_episodes, os.cpu_count()), run)
@@ -906,7 +907,7 @@ def train(args: Args) -> Path:
             envs.step_async(action)
 
             # Learn: ... while the networks learn from the steps before it
-            primed = gradient_steps >= args.priming_gradient_steps  # a resumed run may still have to
+            primed = gradient_steps >= args.priming_gradient_steps  # a signal can cut the priming; then it goes on here
             switched = primed and global_step >= (args.augmentation_switch_step or math.inf)
             augmentation = args.augmentation != switched
             due = updates = 0

@@ -24,7 +24,7 @@ The recycled neuron starts anew, and at tau = 0 the network's outputs on D do no
 The agent is DQN: act epsilon-greedily; every 4 steps do 4 x replay ratio gradient steps on       -> `train`, `update`
     Huber( q(o_t, a_t),  r_{t+1} + gamma max_a' q_target(o_{t+1}, a') )
 
-    SCALE=small bash benchmark/redo_dqn_atari/cpu.sh    DQN and ReDo for 100,000 steps on two CPU cores, 90 minutes:
+    SCALE=small bash benchmark/redo_dqn_atari/cpu.sh    DQN and ReDo for 100,000 steps on two CPU cores, 2 hours:
                                                         ReDo leaves hardly a neuron dormant; returns show no difference
     python redo_dqn_atari.py                            ReDo at replay ratio 0.25, 10M steps: for a GPU, not run yet
     SCALE=paper bash benchmark/redo_dqn_atari/fig1_headline.sh    Fig. 1 (paper: interquartile mean of 17 games, replay
@@ -97,7 +97,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # when checkpoints contain the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -115,7 +115,7 @@ class Args(RunArgs):
     exp_name: str = "redo_dqn_atari"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
     env_id: str = "ALE/DemonAttack-v5"  # any game of the Arcade Learning Environment: ALE/<Game>-v5
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
     total_timesteps: Count = 10_000_000  # steps of the whole run
     eval_every: Count = 250_000  # steps between evaluations, at the next end of an episode; one more at the end
 
@@ -130,7 +130,7 @@ class Args(RunArgs):
     # DQN
     replay_ratio: Annotated[float, (0.25, 1000)] = 0.25  # gradient steps per step: bursts of 4 x this every 4 steps
     learning_starts: Count = 20_000  # steps before the first gradient step
-    buffer_size: Count = 1_000_000  # frames in the replay, 7 kB each
+    buffer_size: Count = 1_000_000  # images in the replay, 7 kB each: one per step, and one more per episode
     batch_size: Count = 32  # transitions per gradient step
     n_step: Count = 1  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
@@ -152,7 +152,7 @@ class Args(RunArgs):
     # Dormant neurons
     method: Literal["redo", "dqn", "reset"] = "redo"  # what is done to the network while it learns
     redo_tau: NonNegative = 0.025  # recycle neurons with a score of at most this; 0.1 unless --replay-ratio is 0.25
-    redo_period_gradient_steps: Count = 1000  # gradient steps between recycling
+    redo_period_gradient_steps: Count = 1000  # gradient steps between recyclings
     redo_batch_size: Count = 64  # states that the scores are taken over for recycling
     redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # from here on nothing is recycled or reset
     reset_period_gradient_steps: Count = 100_000  # gradient steps between resets of the last two layers
@@ -296,7 +296,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n; 0 where the episode terminated, a smaller power where it was truncated before.
+        discount is gamma^n; 0 where the episode terminated, gamma^k where it was truncated after k < n steps.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -350,7 +350,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple:
 
 
 class QNetwork(nn.Module):
-    """What both networks share: layers by name, and which one reads which (for recycling).
+    """Base of the Q-networks: layers by name, and which one reads which (for recycling).
 
     forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
     `reader[a] = b`: neurons of layer a are read by layer b alone; these are recycled. All activations are scored.
@@ -493,8 +493,8 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def feature_rank(features: torch.Tensor, delta: float = 0.01) -> torch.Tensor:
-    """How many singular values of (batch, neurons) hold a share 1 - delta of their sum (Kumar et al. 2021;
-    Sokar et al. 2023, Table 7); NaN where a feature is not finite."""
+    """How many of the largest singular values of (batch, neurons) hold a share 1 - delta of the sum of all (Kumar et
+    al. 2021; Sokar et al. 2023, Table 7): at most the batch size. NaN where a feature is not finite."""
     if not features.isfinite().all():
         return torch.tensor(math.nan)
     share = torch.linalg.svdvals(features.float()).cumsum(0)
@@ -552,7 +552,7 @@ def measure_plasticity(q_network, obs, history: DormantHistory, args) -> dict:
 
 # === ReDo (Section 4), and resets =====================================================================================
 def forget(optimizer, parameter, mask) -> None:
-    """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
+    """Zeroes what an optimizer remembers of a parameter's elements, in place; mask (broadcastable to it) bool."""
     for value in optimizer.state.get(parameter, {}).values():
         if value.shape == parameter.shape:
             value.masked_fill_(mask, 0)
@@ -590,9 +590,9 @@ def recycle(layers, activations, optimizer, tau, generator) -> list:
 
 @torch.no_grad()
 def reset_layers(layers, optimizers: list, generator, step_counts: bool = False) -> None:
-    """Resets layers (Nikishin et al. 2022), in place: new weights, biases 0, scales of norms 1. The optimizers forget
-    their averages of them; with step_counts, they also count their steps from 0 again. layers: as from
-    `module.modules()`; what has no weights of its own is left alone."""
+    """Resets layers (Nikishin et al. 2022), in place: linear layers and Conv2d get new weights and biases 0, LayerNorm
+    and GroupNorm scales 1 and biases 0; other layers keep theirs. The optimizers forget their averages of all of these
+    layers; with step_counts, they also count their steps from 0 again. layers: for example `module.modules()`."""
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.weight.copy_(initial_weight(layer, generator))
@@ -741,7 +741,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
-    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if resumed without replay
     first_update = gradient_steps
 
     while not run.stopped:
@@ -776,7 +776,7 @@ def train(args: Args) -> Path:
 
             # Learn: ... while the network learns from the steps before it
             events = {}
-            learning = global_step > learning_from
+            learning = global_step > learning_from  # not >=, as in Dopamine
             if learning and global_step % UPDATE_PERIOD == 0:
                 for _ in range(round(args.replay_ratio * UPDATE_PERIOD)):
                     metrics = learn(sample_batch(replay, args, batch_rng, device))

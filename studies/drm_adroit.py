@@ -80,7 +80,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # when checkpoints contain the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -99,7 +99,7 @@ class Args(RunArgs):
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
     env_id: Literal["pen", "door", "hammer"] = "pen"  # what the hand must do
     image_size: Annotated[int, (15, 1000)] = 84  # height and width of the frames in pixels
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
     total_timesteps: Count = 3_050_000  # steps of the whole run
     eval_every: Count = 5000  # steps between evaluations, at the next end of an episode; one more at the end
     eval_episodes: Count = 10  # episodes per evaluation, played with the mean action
@@ -107,14 +107,14 @@ class Args(RunArgs):
     # DrQ-v2
     learning_starts: Count = 2000  # steps before the first gradient step
     exploration_steps: Annotated[int, (0, 10**12)] = 2000  # first steps: uniform random actions, no awakening
-    buffer_size: Count = 1_000_000  # frames in the replay, 21 kB each
+    buffer_size: Count = 1_000_000  # images in the replay, 21 kB each: one per step, and one more per episode
     replay_ratio: Annotated[float, (1e-6, 1e6)] = 0.5  # gradient steps per step
     batch_size: Count = 256  # transitions per gradient step
     n_step: Count = 3  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
     tau: Share = 0.01  # Polyak coefficient of the target critic, per gradient step
     learning_rate: NonNegative = 1e-4  # Adam's, for encoder, actor, critic and value network
-    feature_dim: Count = 50  # output units of the trunks
+    feature_dim: Count = 50  # output units of the trunks, the linear layers between encoder and heads
     hidden_dim: Count = 1024  # units of each hidden layer of the heads
     stddev_start: NonNegative = 1.0  # standard deviation of the exploration noise at the beginning of its decay
     stddev_end: NonNegative = 0.1  # standard deviation of that noise after its linear decay
@@ -291,7 +291,7 @@ class PixelReplay:
             self.start[self.num_starts % self.capacity] = self.num_frames - self.n_step
             self.num_starts += 1
         self.num_frames += 1
-        self.num_steps += self.age > 0  # an episode's first frame is none
+        self.num_steps += self.age > 0  # no step led to an episode's first frame
         oldest = self.num_frames - self.capacity  # the oldest frame of a full ring; a start needs its whole stack
         while len(self) and oldest > max(0, self.start[self.oldest_start % self.capacity] - self.stack + 1):
             self.oldest_start += 1
@@ -656,9 +656,9 @@ def truncated_normal(mean, std, clip: float) -> torch.Tensor:
 
 
 def update(agent, optimizers, args, batch: list) -> dict:
-    """Measures the dormant ratio; then one gradient step for the value network, one for critic and encoder, one for the
-    actor, one for the target. batch: augmented frames, joint angles, action, reward, discount, the next ones of both,
-    step (0-d) -> detached metrics, on the device."""
+    """Measures the dormant ratio; then one gradient step of the value network, one of critic and encoder, one of the
+    actor, a Polyak step of the target. batch: augmented frames, joint angles, action, reward, discount, the next ones
+    of both, step (0-d) -> detached metrics, on the device."""
     frames, joints, action, reward, discount, next_frames, next_joints, step = batch
     obs, next_obs = (frames, joints), (next_frames, next_joints)
     encoder_optimizer, actor_optimizer, critic_optimizer, value_optimizer = optimizers
@@ -730,8 +730,8 @@ def updates_due(step: int, replay_ratio: float) -> int:
 
 
 def act(agent, obs, stddev: float, uniform: bool, generator) -> np.ndarray:
-    """A training action (1, action) for obs (1, channels, height, width): the mean plus noise, which is not clipped, or
-    a uniform action. Drawn with a CPU generator."""
+    """A training action (1, action) for obs (1, channels, height, width): mean plus noise (clamped together, the noise
+    alone is not), or uniform. Both are drawn every time, with a CPU generator."""
     with torch.no_grad():
         mean = agent.mean_action(obs).cpu()
     noisy = mean + stddev * torch.randn(mean.shape, generator=generator)
@@ -810,7 +810,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
-    learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_steps)  # later, if resumed without replay
     first_update = gradient_steps
     step_type = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     envs = Environments(args, 1, run)

@@ -16,8 +16,7 @@ Deep Reinforcement Learning (Sokar, Agarwal, Castro, Evci; ICML 2023, arXiv 2302
 Revisiting Plasticity in Visual Reinforcement Learning (Ma et al.; ICLR 2024, arXiv 2310.07418).
 
 Where a game may be played for only 400,000 steps (or 100,000), one takes many gradient steps per step (--replay-ratio
-1 to 8). Neurons are dormant here, too: 8 to 16% at tau 0 (Sokar et al., Fig. 17, as read by others; in a new network
-it is 13 to 19%).
+1 to 8). Neurons are dormant here, too: 8 to 16% at tau 0 (Sokar et al., Fig. 17, as read by others).
 Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):                          -> `dormant_score`
     s_i = E_D |h_i(x)| / ( 1/H sum_k E_D |h_k(x)| )      h: after the activation function; tau-dormant if s_i <= tau
 The agent is DrQ(eps) (Agarwal et al. 2021): DQN with images that are randomly shifted and made brighter or darker (->
@@ -90,7 +89,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # when checkpoints contain the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -108,7 +107,7 @@ class Args(RunArgs):
     exp_name: str = "drq_eps_atari"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
     env_id: str = "ALE/Asterix-v5"  # any game of the Arcade Learning Environment: ALE/<Game>-v5
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
     total_timesteps: Count = 400_000  # steps of the whole run
     eval_every: Count = 40_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 40_000  # steps between checkpoints, at the next end of an episode; one more at the end
@@ -119,9 +118,9 @@ class Args(RunArgs):
     max_episode_steps: Annotated[int, (1, 27_000)] = 27_000  # time limit in steps; counts as truncation
 
     # DrQ(eps)
-    replay_ratio: Annotated[float, (0.01, 100)] = 1.0  # gradient steps per step; of --method adaptive: see below
+    replay_ratio: Annotated[float, (0.01, 100)] = 1.0  # gradient steps per step; adaptive: --rr-low, then --rr-high
     learning_starts: Count = 1600  # steps before the first gradient step
-    buffer_size: Count = 1_000_000  # frames in the replay, 7 kB each
+    buffer_size: Count = 1_000_000  # images in the replay, 7 kB each: one per step, and one more per episode
     batch_size: Count = 32  # transitions per gradient step
     n_step: Count = 10  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
@@ -130,7 +129,7 @@ class Args(RunArgs):
     exploration_steps: Count = 5000  # length in steps of the linear decay of the exploration, from 1 to end_e
     end_e: Share = 0.01  # probability of a random action after the decay
     shift_pad: Annotated[int, (0, 40)] = 4  # images are moved by up to this many pixels
-    intensity: NonNegative = 0.05  # standard deviation of the factor on an image's brightness, cut off at two of them
+    intensity: NonNegative = 0.05  # brightness is multiplied by 1 + this * noise; noise: N(0, 1), cut off at +-2
 
     # Network
     width: Annotated[float, (0.01, 64)] = 1.0  # multiplies the channels and hidden units
@@ -140,12 +139,12 @@ class Args(RunArgs):
     # Dormant neurons, replay ratio
     method: Literal["redo", "drq", "adaptive"] = "redo"  # recycle, do nothing, or raise the replay ratio
     redo_tau: NonNegative = 0.1  # recycle neurons with a score of at most this
-    redo_period_gradient_steps: Count = 1000  # gradient steps between recycling
+    redo_period_gradient_steps: Count = 1000  # gradient steps between recyclings
     redo_batch_size: Count = 64  # states that the scores are taken over for recycling
-    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # from here on nothing is recycled
+    redo_end_gradient_steps: Annotated[int | None, (1, 10**12)] = None  # no recycling from this gradient step on
     rr_low: Annotated[float, (0.01, 100)] = 0.5  # --method adaptive: replay ratio at first
     rr_high: Annotated[float, (0.01, 100)] = 2.0  # --method adaptive: replay ratio when the FAU has settled
-    rr_check_every: Count = 2000  # steps of an interval
+    rr_check_every: Count = 2000  # steps between checks whether the fraction of active units (FAU) has settled
     rr_threshold: NonNegative = 0.001  # the FAU has settled when two intervals differ by at most this
 
     # Evaluation and logging
@@ -261,7 +260,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n; 0 where the episode terminated, a smaller power where it was truncated before.
+        discount is gamma^n; 0 where the episode terminated, gamma^k where it was truncated after k < n steps.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -309,7 +308,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple:
 
 
 class QNetwork(nn.Module):
-    """What both networks share: layers by name, and which one reads which (for recycling).
+    """Base of the Q-networks: layers by name, and which one reads which (for recycling).
 
     forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
     `reader[a] = b`: neurons of layer a are read by layer b alone; these are recycled. All activations are scored.
@@ -399,7 +398,7 @@ class DuelingCNN(NatureCNN):
 
 
 class DuelingAgent(nn.Module):
-    """The Q-network that learns, and its target: a copy of it that is renewed from time to time."""
+    """The Q-network that learns, and its target, a copy that `train` renews after the updates of every step."""
 
     def __init__(self, num_actions, args):
         super().__init__()
@@ -443,7 +442,7 @@ def dormant_ratios(network, x) -> dict:
 
 
 def forget(optimizer, parameter, mask) -> None:
-    """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
+    """Zeroes what an optimizer remembers of a parameter's elements, in place; mask (broadcastable to it) bool."""
     for value in optimizer.state.get(parameter, {}).values():
         if value.shape == parameter.shape:
             value.masked_fill_(mask, 0)
@@ -509,7 +508,7 @@ class PlateauDetector:
     Every check_episodes whole episodes, the average over the last one is compared with that of the check before, and at
     the first check with the very first training batch. The FAU has settled when they differ by at most the threshold.
     This is a plateau, not a recovery: it also comes at the early minimum, on a slow decline, after a collapse. Episodes
-    without a gradient step are not checked. How much it fluctuates depends on batch and length of episodes.
+    without a gradient step are not checked. How much the average varies depends on the batch and on episodes' length.
     """
 
     def __init__(self, check_episodes=50, threshold=0.001):
@@ -520,7 +519,7 @@ class PlateauDetector:
         self.switched = False  # stays True
 
     def first_batch(self, share: float) -> None:
-        self.reference = share  # of the very first training batch; without it, the first check only sets it
+        self.reference = share  # the FAU of the first training batch; if never called, the first check only sets it
 
     def end_episode(self, average: float | None) -> float | None:
         """To be called after every whole episode, with the average FAU over its gradient steps, if there were any ->
@@ -697,7 +696,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
-    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if resumed without replay
     first_update = gradient_steps
 
     while not run.stopped:
@@ -730,7 +729,7 @@ def train(args: Args) -> Path:
 
             # Learn: ... while the network learns from the steps before it
             events = {}
-            learning = global_step > learning_from
+            learning = global_step > learning_from  # not >=, as in Dopamine
             replay_ratio = args.replay_ratio
             if args.method == "adaptive":
                 replay_ratio = args.rr_high if detector.switched else args.rr_low

@@ -84,7 +84,7 @@ class Args:
     exp_name: str = "redo_offline"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds new networks, batches, and the states of the measurements
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute; auto: the GPU, if there is one
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
 
     # What is learned, and by whom
     replay: str = ""  # folder of a finished run that was made with --checkpoint-replay always
@@ -182,7 +182,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n; 0 where the episode terminated, a smaller power where it was truncated before.
+        discount is gamma^n; 0 where the episode terminated, gamma^k where it was truncated after k < n steps.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -230,7 +230,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple:
 
 
 class QNetwork(nn.Module):
-    """What both networks share: layers by name, and which one reads which (for recycling).
+    """Base of the Q-networks: layers by name, and which one reads which (for recycling).
 
     forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
     `reader[a] = b`: neurons of layer a are read by layer b alone; these are recycled. All activations are scored.

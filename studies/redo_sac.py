@@ -19,7 +19,7 @@ Score of neuron i of a layer with H neurons, on a batch D of states (Eq. 1):    
 SAC (Haarnoja et al. 2018): critics q1 and q2, a policy pi = tanh(N(mean, std^2)), a temperature alpha       -> `update`
     critics  ( q_i(s, a) - r / 10 - gamma [ min_j q_target_j(s', a') - alpha log pi(a'|s') ] )^2     a' ~ pi( . |s')
     policy   alpha log pi(a|s) - min_i q_i(s, a)                                                      a ~ pi( . |s)
-    alpha    log alpha ( -log pi(a|s) + action dimensions / 2 )
+    alpha    log alpha ( -log pi(a|s) + action dimensions / 2 )          so the target entropy is minus half of them
 In continuous control neurons fall dormant, too: after 1M steps on Ant about 10% of the policy's and 17% of the critics'
 at tau 0 (Fig. 18). Recycling them changes little, resets cost return (--method):                     -> `intervene_sac`
     redo         recycle those of policy and critics every 200,000 gradient steps (Figs. 14, 20)            -> `recycle`
@@ -29,8 +29,8 @@ at tau 0 (Fig. 18). Recycling them changes little, resets cost return (--method)
 Return after 1M steps, 10 seeds, of SAC, ReDo, weight decay and resets: Ant 5000, 4900, 4850, 4080; HalfCheetah 11500,
 11200, 10300, 10550. In narrow networks (Table 6, Ant) the gain is within the spread: 2016 +- 102 -> 2115 +- 212 at
 --width 0.25, 3964 +- 953 -> 4472 +- 648 at 0.5.
-The primacy bias (Nikishin et al. 2022, on another task; so the slides of Ma et al.): at a replay ratio of 9 SAC fails.
-Does a new agent fail, too, that begins with the failed one's replay (--replay-from)? If not, the network has failed.
+The primacy bias (Nikishin et al. 2022, on another task; also in Ma et al.'s slides): at a replay ratio of 9 SAC fails.
+Does a new agent that starts with the failed one's replay (--replay-from) fail, too? If not, the network was to blame.
 
     SCALE=small bash benchmark/redo_dqn_atari/sac_fig14.sh       Figs. 14, 18 at small scale; others: README.md there
     python studies/redo_sac.py                   ReDo on Ant for 1M steps: hours on a CPU, not run yet
@@ -90,7 +90,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # when checkpoints contain the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -108,7 +108,7 @@ class Args(RunArgs):
     exp_name: str = "redo_sac"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
     env_id: str = "Ant-v5"  # a Gymnasium environment with flat observations, bounded actions and a time limit
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of matrix products: see set_precision
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
     total_timesteps: Count = 1_000_000  # steps of the whole run
 
     # SAC
@@ -119,16 +119,16 @@ class Args(RunArgs):
     batch_size: Count = 256  # transitions per gradient step
     gamma: Share = 0.99  # discount per step
     learning_rate: NonNegative = 3e-4  # Adam's, of policy, critics and temperature
-    weight_decay: NonNegative = 0.0  # times the weights, added to the gradient before Adam
-    tau: Share = 0.005  # the target critics' step towards the critics, each gradient step
-    reward_scale: NonNegative = 0.1  # times the reward
+    weight_decay: NonNegative = 0.0  # this times the weights is added to their gradients, before Adam
+    tau: Share = 0.005  # Polyak coefficient of the target critics, per gradient step
+    reward_scale: NonNegative = 0.1  # factor of the rewards that are learned from
     width: Annotated[float, (0.01, 64)] = 1.0  # multiplies the 256 units of each of the two hidden layers
 
     # Dormant neurons
-    method: Literal["redo", "sac", "reset", "prune"] = "redo"  # what is done to the networks while they learn
+    method: Literal["redo", "sac", "reset", "prune"] = "redo"  # recycle, nothing, reset all networks, or prune
     redo_tau: NonNegative = 0.0  # recycle or prune neurons with a score of at most this
-    redo_period_gradient_steps: Count = 200_000  # between recyclings, or prunings (then 1000 by default)
-    redo_batch_size: Count = 256  # states that the scores are taken over for that
+    redo_period_gradient_steps: Count = 200_000  # gradient steps between recyclings or prunings (for prune: 1000)
+    redo_batch_size: Count = 256  # states that recycling and pruning score the neurons on
     reset_period_gradient_steps: Count = 200_000  # gradient steps between resets of all networks
 
     # Evaluation and logging
@@ -275,7 +275,7 @@ class SACAgent(nn.Module):
 
 
 def sample_action(mean, log_std) -> tuple:
-    """a = tanh(u), u ~ N(mean, std^2), reparameterised -> action (batch, action_dim), log pi(a | s, g) (batch,)."""
+    """a = tanh(u), u ~ N(mean, std^2), reparameterised -> action (batch, action_dim), log pi(a) (batch,)."""
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * float(np.log(2 * np.pi))
@@ -323,7 +323,7 @@ def measure_networks(agent, states, actions) -> dict:
 
 # === ReDo (Section 4), pruning, resets ================================================================================
 def forget(optimizer, parameter, mask) -> None:
-    """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
+    """Zeroes what an optimizer remembers of a parameter's elements, in place; mask (broadcastable to it) bool."""
     for value in optimizer.state.get(parameter, {}).values():
         if value.shape == parameter.shape:
             value.masked_fill_(mask, 0)
@@ -374,9 +374,9 @@ def prune(layers, masks, optimizer=None) -> None:
 
 @torch.no_grad()
 def reset_layers(layers, optimizers: list, generator, step_counts: bool = False) -> None:
-    """Resets layers (Nikishin et al. 2022), in place: new weights, biases 0, scales of norms 1. The optimizers forget
-    their averages of them; with step_counts, they also count their steps from 0 again. layers: as from
-    `module.modules()`; what has no weights of its own is left alone."""
+    """Resets layers (Nikishin et al. 2022), in place: linear layers and Conv2d get new weights and biases 0, LayerNorm
+    and GroupNorm scales 1 and biases 0; other layers keep theirs. The optimizers forget their averages of all of these
+    layers; with step_counts, they also count their steps from 0 again. layers: for example `module.modules()`."""
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.weight.copy_(initial_weight(layer, generator))
@@ -393,7 +393,7 @@ def reset_layers(layers, optimizers: list, generator, step_counts: bool = False)
 
 @torch.no_grad()
 def intervene_sac(agent, optimizers, replay, gradient_steps: int, args, generator, device) -> dict:
-    """What --method does to the networks after this many gradient steps: usually nothing -> metrics."""
+    """What --method does after this many gradient steps: usually nothing -> metrics (redo_q_change: of critic 1)."""
     actor_optimizer, critic_optimizer = optimizers
     if args.method == "reset" and gradient_steps % args.reset_period_gradient_steps == 0:
         networks = (agent.actor, agent.critic1, agent.critic2)
@@ -521,7 +521,7 @@ def train(args: Args) -> Path:
     replay = TransitionReplay(transition_capacity(args), obs_dim, action_dim, buffer_device)
     if given is not None:
         replay.load_state_dict(given)
-    batch_rng, act_rng, edit_rng, measure_rng = (random_stream(args.seed, i) for i in (0, 4, 1, 2))
+    batch_rng, act_rng, edit_rng, measure_rng = (random_stream(args.seed, i) for i in (0, 4, 1, 2))  # 3: the weights
     learn = partial(update, agent, optimizers, args)
     interventions = partial(intervene_sac, agent, optimizers, replay, args=args, generator=edit_rng, device=device)
     if args.cudagraphs:
@@ -535,7 +535,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
-    learning_from = args.learning_starts + max(0, global_step - replay.num_added)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_added)  # later, if resumed without replay
     if args.replay_from and replay.num_added > global_step:  # the other run's replay is there
         learning_from = 0
     first_update = gradient_steps

@@ -61,7 +61,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-Count = Annotated[int, (1, 10**9)]  # (lowest, highest) value; check_values refuses any other
+Count = Annotated[int, (1, 10**9)]  # (lowest, highest) value; check_args refuses any other
 NonNegative = Annotated[float, (0, 1e9)]
 
 
@@ -74,9 +74,9 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute; auto: the GPU, if there is one
 
     # data
-    data: str = "auto"  # CIFAR-10's cifar-10-python.tar.gz, a folder with MNIST-like *-ubyte.gz, synthetic, or auto
+    data: str = "auto"  # cifar-10-python.tar.gz, a folder of *-ubyte.gz, synthetic; auto: Fashion-MNIST, else synthetic
     num_images: Annotated[int, (1, 60_000)] = 10_000  # the first images of the training set
-    task: Literal["classification", "regression"] = "classification"  # regression is ours: see choice 6 above
+    task: Literal["classification", "regression"] = "classification"  # regression (ours): on 10 random numbers a class
     targets: Literal["fixed", "shuffled", "relabelled"] = "shuffled"  # labels permuted among images, or among classes
     shuffle_every_epochs: Count = 20  # epochs between these changes
 
@@ -86,14 +86,14 @@ class Args:
     learning_rate: NonNegative = 0.01  # SGD's
     momentum: Annotated[float, (0, 1)] = 0.9  # SGD's
     downsampling: Literal["stride", "pool"] = "stride"  # of the convolutions: by a stride of 2, or 2 x 2 max-pooling
-    init: Literal["xavier", "lecun", "torch"] = "torch"  # distribution of the initial weights: see INITS
+    init: Literal["xavier", "lecun", "torch"] = "torch"  # of the weights: Glorot uniform, LeCun normal, PyTorch's own
     normalise: bool = False  # pixels with mean 0 and variance 1 in each channel; without: between 0 and 1
 
     # dormant neurons
     dormant_batch_size: Count = 1000  # images that the logged scores are taken over
     redo: bool = False  # recycle dormant neurons
-    redo_tau: NonNegative = 0.1  # those with a score of at most this
-    redo_period_gradient_steps: Count = 40  # gradient steps between recycling; 40 are an epoch
+    redo_tau: NonNegative = 0.1  # recycle neurons with a score of at most this
+    redo_period_gradient_steps: Count = 40  # gradient steps between recyclings; 40 are an epoch
     redo_batch_size: Count = 64  # images that the scores are taken over for recycling
 
 
@@ -260,7 +260,7 @@ def dormant_ratios(network, x) -> dict:
 
 # === ReDo (Section 4) =================================================================================================
 def forget(optimizer, parameter, mask) -> None:
-    """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
+    """Zeroes what an optimizer remembers of a parameter's elements, in place; mask (broadcastable to it) bool."""
     for value in optimizer.state.get(parameter, {}).values():
         if value.shape == parameter.shape:
             value.masked_fill_(mask, 0)
@@ -326,7 +326,7 @@ def train(args: Args) -> Path:
         std, mean = torch.std_mean(images, (0, 2, 3), keepdim=True)
         images = (images - mean) / std.clamp_min(1e-6)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
-    codes = torch.arange(CLASSES)
+    codes = torch.arange(CLASSES)  # the target of each class
     if args.task == "regression":
         codes = torch.randn(CLASSES, CLASSES, generator=rng["targets"])
         codes = (codes - codes.mean()) / codes.std(correction=0)

@@ -88,7 +88,7 @@ class RunArgs:
     total_timesteps: Count = 1_000_000  # steps of the whole run
     eval_every: Count = 10_000  # steps between evaluations, at the next end of an episode; one more at the end
     checkpoint_every: Count = 250_000  # steps between checkpoints, at the next end of an episode; one more at the end
-    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # runs whose checkpoints keep the replay
+    checkpoint_replay: Literal["never", "unfinished", "always"] = "unfinished"  # when checkpoints contain the replay
     save_model: bool = False  # at the end, save the weights alone as model.pt
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto: the GPU, if there is one
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the replay lives; auto: on the GPU, if it fits
@@ -106,7 +106,7 @@ class Args(RunArgs):
     exp_name: str = "redo_variants"  # name of this experiment, part of the run folder's name
     seed: Annotated[int, (0, 2**32 - 1)] = 1  # seeds python, numpy, torch and every episode
     env_id: str = "ALE/DemonAttack-v5"  # any game of the Arcade Learning Environment: ALE/<Game>-v5
-    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of convolutions and matrix products: see set_precision
+    precision: Literal["float32", "tf32", "bfloat16"] = "tf32"  # of products; tf32 (GPUs), bfloat16 (updates): faster
     total_timesteps: Count = 10_000_000  # steps of the whole run
     eval_every: Count = 250_000  # steps between evaluations, at the next end of an episode; one more at the end
 
@@ -117,7 +117,7 @@ class Args(RunArgs):
     # DQN
     replay_ratio: Annotated[float, (0.25, 1000)] = 0.25  # gradient steps per step: bursts of 4 x this every 4 steps
     learning_starts: Count = 20_000  # steps before the first gradient step
-    buffer_size: Count = 1_000_000  # frames in the replay, 7 kB each
+    buffer_size: Count = 1_000_000  # images in the replay, 7 kB each: one per step, and one more per episode
     batch_size: Count = 32  # transitions per gradient step
     n_step: Count = 1  # rewards per target before it bootstraps
     gamma: Share = 0.99  # discount per step
@@ -263,7 +263,7 @@ class FrameReplay:
         """A uniform batch, drawn with a CPU generator -> obs (batch, stack, height, width) uint8, action (batch,), the
         discounted reward of n steps (batch,), discount (batch,), and next_obs.
 
-        discount is gamma^n; 0 where the episode terminated, a smaller power where it was truncated before.
+        discount is gamma^n; 0 where the episode terminated, gamma^k where it was truncated after k < n steps.
         """
         end = self.oldest_start + len(self)
         chosen = torch.randint(self.oldest_start, end, (batch_size,), generator=generator)
@@ -311,7 +311,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple:
 
 
 class QNetwork(nn.Module):
-    """What both networks share: layers by name, and which one reads which (for recycling).
+    """Base of the Q-networks: layers by name, and which one reads which (for recycling).
 
     forward(obs (batch, 4, 84, 84) uint8) -> q-values (batch, actions), {layer: activation after its non-linearity}.
     `reader[a] = b`: neurons of layer a are read by layer b alone; these are recycled. All activations are scored.
@@ -461,7 +461,7 @@ class PerElementAdam(torch.optim.Optimizer):
 
 
 def forget(optimizer, parameter, mask) -> None:
-    """Zeroes what Adam remembers of a parameter's elements, in place; mask (broadcastable to the parameter) bool."""
+    """Zeroes what an optimizer remembers of a parameter's elements, in place; mask (broadcastable to it) bool."""
     for value in optimizer.state.get(parameter, {}).values():
         if value.shape == parameter.shape:
             value.masked_fill_(mask, 0)
@@ -715,7 +715,7 @@ def train(args: Args) -> Path:
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new
-    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if the replay is refilled
+    learning_from = args.learning_starts + max(0, global_step - replay.num_starts)  # later, if resumed without replay
     first_update = gradient_steps
 
     while not run.stopped:
@@ -748,7 +748,7 @@ def train(args: Args) -> Path:
 
             # Learn: ... while the network learns from the steps before it
             events = {}
-            learning = global_step > learning_from
+            learning = global_step > learning_from  # not >=, as in Dopamine
             if learning and global_step % UPDATE_PERIOD == 0:
                 for _ in range(round(args.replay_ratio * UPDATE_PERIOD)):
                     metrics = learn(sample_batch(replay, args, batch_rng, device))

@@ -3,6 +3,8 @@
 # settings of resets (after every tenth of 2M frames) and ReDo (the paper's threshold, every 1000 gradient steps) are our
 # guess; these arms are run by drqv2_plasticity.py, which is the same agent to the bit. Those with neither are the runs of
 # Fig. 9.
+# Expect, at replay ratio 0.5 (alone, with resets, with ReDo), 2 (the same), adaptive: Cheetah 828 799 788, 793 885 873, 880;
+# Walker 710 648 618, 709 749 734, 758; Quadruped 579 593 371, 417 511 608, 784.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/adaptive_rr/runs.sh
 

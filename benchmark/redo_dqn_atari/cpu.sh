@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ours: ReDo and DQN at replay ratio 1 on a CPU: 100,000 steps, exploration for 45,000 steps instead of 250,000, learning
 # after 5,000 instead of 20,000, no padding (CleanRL's network), bfloat16.
-# SCALE=small: with WORKERS=2 OMP_NUM_THREADS=1 on two cores about 45 minutes for each of the two games. paper: 3 seeds.
+# SCALE=small: with WORKERS=2 OMP_NUM_THREADS=1 on two cores about an hour for each of the two games. paper: 3 seeds.
 source "$(dirname "$(realpath "$0")")/../common.sh"
 source benchmark/redo_dqn_atari/runs.sh
 
