@@ -574,6 +574,19 @@ def test_film(monkeypatch, capsys):
     assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
 
 
+def test_a_picture_is_drawn_again_from_its_csv(monkeypatch):
+    """Of the arms and panels that are asked for; without --tags, of all panels."""
+    source = ROOT / "benchmark" / "drqv2_plasticity" / "results" / "drqv2_plasticity_pendulum_small.csv"
+    for tags, panels in (([], 6), (["--tags", "return", "fau/critic"], 2)):
+        command = ["plot.py", "curves", "--csv", str(source), "--arms", "plain", "switch-on", *tags, "--out", "again"]
+        monkeypatch.setattr(sys, "argv", command)
+        plot_drq.main()
+        drawn = read_csv("again.csv")
+        assert {row["arm"] for row in drawn} == {"plain", "switch-on"}
+        assert len({row["tag"] for row in drawn}) == panels
+        assert drawn == [row for row in read_csv(source) if row in drawn]
+
+
 def test_a_film_refuses_what_it_cannot_film(monkeypatch, capsys):
     """Runs of other scripts, folders that are none: one line, no traceback."""
     Path("run").mkdir()

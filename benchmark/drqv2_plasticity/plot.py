@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument(
         "--arms", nargs="+", required=True, help="the lines, in this order; those without runs are left out"
     )
-    parser.add_argument("--tags", nargs="+", default=["return"], help="the panels")
+    parser.add_argument("--tags", nargs="+", help="the panels (return; of a CSV: all that it has)")
     parser.add_argument("--out", required=True, help="path of the picture and its CSV, without ending")
     parser.add_argument("--folder", default="runs", help="the folder of the runs")
     a = parser.parse_args()
@@ -304,17 +304,18 @@ def main() -> None:
             parser.error("--csv has curves only")
         rows = [row for row in rows_of_csv(a.csv) if row["arm"] in a.arms]
         rows = [row for row in rows if not a.envs or row["env_id"] in a.envs]
+        rows = [row for row in rows if not a.tags or row["tag"] in a.tags]
         curves(rows, a.arms, a.out, "published curves of DrQ-v2" if "drqv2" in a.arms else STARS)
         return
-    runs = select(load_runs(a.runs, folder=a.folder), a.envs, a.arms)
+    runs, tags = select(load_runs(a.runs, folder=a.folder), a.envs, a.arms), a.tags or ["return"]
     if a.kind in ("bars", "tasks"):
         runs = logged(runs, full_tag("return"))
     if a.kind == "bars":
-        bars(runs, a.arms, a.tags, a.out)
+        bars(runs, a.arms, tags, a.out)
     elif a.kind == "tasks":
         tasks(runs, a.arms, a.out)
     else:
-        curves(all_rows(runs, a.tags, a.kind == "seeds"), a.arms, a.out)
+        curves(all_rows(runs, tags, a.kind == "seeds"), a.arms, a.out)
 
 
 if __name__ == "__main__":
