@@ -11,6 +11,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 # The environments' processes find the scripts and tests/pixel_env.py, and import them once for all tests
 TESTS = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests with & has it ignored
 multiprocessing.set_forkserver_preload(["drqv2_plasticity", "adaptive_rr", "drm", "pixel_env"])
 
 import pytest  # noqa: E402

@@ -516,7 +516,7 @@ def checkout(tmp_path):
 
 
 @pytest.mark.parametrize("name, runs", [
-    ("redo_dqn_atari/offline_fig8", 8), ("drqv2_plasticity/fig3_fau", 2),
+    ("redo_dqn_atari/offline_fig8", 7), ("drqv2_plasticity/fig3_fau", 2),
     pytest.param("adaptive_rr/fig9_returns", 3, marks=pytest.mark.slow), ("drm/fig2_hopper", 1),
     ("redo_dqn_atari/supervised_fig3", 5), ("crl_deep/depth_offline_fig8", 6),
 ])  # fmt: skip
