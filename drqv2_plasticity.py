@@ -864,9 +864,8 @@ def train(args: Args) -> Path:
     if args.compile:
         compile_modules(agent.encoder, agent.actor, agent.critic, agent.critic_target)
 
-    parts = dict(agent=agent, replay=replay)
+    parts = dict(agent=agent, replay=replay) | {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     parts |= dict(batch_rng=batch_rng, act_rng=act_rng, edit_rng=edit_rng, measure_rng=measure_rng)
-    parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=0)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new

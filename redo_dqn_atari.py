@@ -37,7 +37,7 @@ Differences from the official code (google/dopamine, labs/redo), and the reasons
  3. A layer is re-drawn from the distribution that it was initialised from, the ResNet's inner convolutions included.
  4. Recycling and resets are timed by gradient steps that were taken, measurements by steps; officially, one counter of
     gradient steps that also runs during the warm-up times all, and every second evaluation falls on a reset. Here, at
-    replay ratio 1, evaluations come 30,000 and 80,000 gradient steps after one in turn: that curve zigzags.
+    replay ratio 1, evaluations come 30,000 and 80,000 gradient steps after a reset in turn: its curve zigzags.
  5. The published configuration recycles nothing; the defaults here are the paper's: every 1000 gradient steps, a batch
     of 64, tau 0.1 (0.025 at replay ratio 0.25).
  6. The emulator plays a step while the network learns: the action is chosen before the burst of updates, not after,

@@ -529,9 +529,8 @@ def train(args: Args) -> Path:
     if args.compile:
         compile_modules(agent.actor, agent.critic1, agent.critic2, agent.target1, agent.target2)
 
-    parts = dict(agent=agent, replay=replay)
+    parts = dict(agent=agent, replay=replay) | {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     parts |= dict(batch_rng=batch_rng, act_rng=act_rng, edit_rng=edit_rng, measure_rng=measure_rng)
-    parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     run = Run(args, device, parts, global_step=0, gradient_steps=0, episode=0, next_eval=args.eval_every)  # logs, saves
     global_step, gradient_steps, episode, next_eval = run.counters.values()  # not 0 in a resumed run
     next_eval = min(next_eval, global_step - global_step % args.eval_every + args.eval_every)  # --eval-every may be new

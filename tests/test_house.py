@@ -77,8 +77,8 @@ def test_the_housekeeping_is_the_same_text():
 # Of drm.py (670), 553 are DrQ-v2's, word for word; below, flags that do nothing are refused. redo_variants.py has the
 # variants of five figures and the side study of Adam.
 LENGTHS = {
-    "adaptive_rr": (592, 384), "drqv2_plasticity": (803, 413), "redo_dqn_atari": (688, 343),
-    "redo_variants": (658, 353), "redo_sac": (600, 358), "drq_eps_atari": (643, 348), "drm": (696, 402),
+    "adaptive_rr": (592, 384), "drqv2_plasticity": (802, 413), "redo_dqn_atari": (688, 343),
+    "redo_variants": (658, 353), "redo_sac": (600, 358), "drq_eps_atari": (642, 348), "drm": (696, 402),
     "crl_deep": (840, 354), "drqv2_frozen_encoder": (600, 381),
     "crl_collector": (600 + 240, 351), "crl_baselines": (600 + 240, 354),  # with the environments of crl_deep
     "drm_metaworld": (706, 400), "drm_adroit": (745, 394),  # as drm, whose text it is but for the environment
